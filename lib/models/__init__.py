@@ -1,0 +1,1 @@
+"""The two reference segmenters, the embedders, and their weights."""

@@ -1,0 +1,1 @@
+"""Nearest neighbours, selection and coverage over plain vectors and integer ids."""

@@ -1,0 +1,1 @@
+"""MONAI Label strategies: which image to label next."""

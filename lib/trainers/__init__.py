@@ -1,0 +1,1 @@
+"""Training: the bundled network's pretraining."""

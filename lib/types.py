@@ -1,0 +1,122 @@
+"""The nouns that cross folder borders: one type per concept, frozen, arrays not to be written to.
+
+Words: *query* = image to segment; *reference* = labelled slice; *memory* = what a segmenter keeps
+of one reference; *embedding* = one L2-normalised vector per slice; *label map* = integer array;
+*mask* = boolean array of one label. Shapes: I, J, K voxel axes; N slices; H, W rows, columns;
+L labels; R references; E embedding size; S working size of a network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, order=True)
+class SliceKey:
+    """One slice of one image; 2D images have axis 2 and index 0."""
+
+    image_id: str
+    axis: int
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """A segmenter's encoding of one image; opaque to all but the segmenter that made it.
+
+    Attributes:
+        maps: the segmenter's feature maps of this one image, finest first, without batch axis.
+        embedding: (E,) unit float32 vector pooled from the maps, or None where the segmenter
+            offers none.
+        owner: fingerprint of the segmenter that made it.
+    """
+
+    maps: tuple[torch.Tensor, ...]
+    embedding: FloatArray | None
+    owner: str
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What a segmenter keeps of one reference slice; opaque to all but the segmenter.
+
+    Attributes:
+        image: part shared by all labels, any shape (may be empty).
+        labels: (L, ...) one row per label, in the caller's label order.
+    """
+
+    image: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A segmenter's answer for one query slice.
+
+    Attributes:
+        scores: (L, S, S) float32 at the working size. A label wins a pixel where its score is
+            positive and the highest of all labels.
+        presence: (L,) probability that the label is on the slice at all.
+        quality: (L,) expected Dice of the label's mask, in 0..1.
+    """
+
+    scores: torch.Tensor
+    presence: torch.Tensor
+    quality: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One labelled slice as the bank holds it.
+
+    Attributes:
+        key: where it came from.
+        embedding: (E,) unit float32 vector.
+        present: labels with at least one pixel on the slice.
+        absent: labels that were annotated in this image and are not on this slice. A label in
+            neither set was not annotated and must teach nothing.
+        memory: rows in the order of `labels`.
+    """
+
+    key: SliceKey
+    embedding: FloatArray
+    present: frozenset[str]
+    absent: frozenset[str]
+    memory: Memory
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels annotated here, sorted: the row order of `memory.labels`."""
+        return tuple(sorted(self.present | self.absent))
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image with its final label, as the datastore names them.
+
+    Attributes:
+        image_id: the datastore's id.
+        image_path: file or DICOM folder.
+        label_path: label map file.
+        label_names: value in the file -> label name. Values not named here get `label_<value>`.
+    """
+
+    image_id: str
+    image_path: Path
+    label_path: Path
+    label_names: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A reference chosen for a query slice; similarity is a cosine, higher is nearer."""
+
+    key: SliceKey
+    similarity: float
