@@ -1,0 +1,54 @@
+# RefSeg's commands. Each works from a bare clone: what it needs is set up first, once.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint typecheck demo serve clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# `make setup REQUIREMENTS=requirements-gpu.txt` takes the CUDA build of faiss
+REQUIREMENTS ?= requirements.txt
+PORT ?= 8000
+HOST ?= 127.0.0.1
+
+# The newest Python that really runs here and can make environments (Debian splits `venv` off).
+# Looked for only when an environment has to be made; `make PYTHON=... setup` names another one.
+USABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.10 python3; do \
+	"$$python" -c '$(USABLE)' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## make .venv with everything pinned (once; again when a pin changes)
+
+$(VENV)/.ready: requirements.txt requirements-base.txt requirements-gpu.txt requirements-dev.txt requirements-no-deps.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { \
+		echo "No Python 3.10, 3.11 or 3.12 with venv was found. Install one (Debian: python3-venv)"; \
+		echo "or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r $(REQUIREMENTS) -r requirements-dev.txt
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --disable-pip-version-check \
+		--no-deps --no-build-isolation -r requirements-no-deps.txt
+	@touch $@
+
+lint: setup ## style and the rule that imports go down only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+typecheck: setup ## mypy
+	$(BIN)/mypy
+
+test: setup lint typecheck ## set up, then style, types, import rules and tests
+	$(BIN)/python -m pytest
+
+demo: setup ## set up, then play an annotator against a real server; pictures in build/demo
+	$(BIN)/python -m demo
+
+serve: setup ## start the server: make serve STUDIES=DIR [PORT=8000] [HOST=127.0.0.1]
+	@test -n "$(STUDIES)" || { echo "Which images? make serve STUDIES=DIR"; exit 2; }
+	$(BIN)/python -m monailabel.main start_server --app apps/refseg --studies "$(STUDIES)" --host "$(HOST)" --port "$(PORT)"
+
+clean: ## remove what the checks and the demo made (not .venv)
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
