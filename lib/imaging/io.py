@@ -287,11 +287,14 @@ def _guarded(path: Path, read: Callable[[], _T]) -> _T:
         return read()
     except (ImageError, LabelError):
         raise
+    except MemoryError as error:
+        msg = f"{path.name} is larger than the free memory. Crop or downsample it."
+        raise ImageError(msg) from error
     except Exception as error:
-        # Decoders raise nearly every type on damaged bytes (SyntaxError, struct.error, ...).
+        # Decoders raise nearly every type on damaged bytes (SyntaxError, struct.error, ...), in
+        # words that help a developer and name folders of the server: for the log only.
         logger.info("cannot read %s: %s", path.name, error)
-        reason = str(error).strip().rsplit("\n", 1)[-1] or type(error).__name__
-        msg = f"{path.name} cannot be read; it is damaged or cut off ({reason}). Copy it anew."
+        msg = f"{path.name} cannot be read; it is damaged or cut off. Copy or export it anew."
         raise ImageError(msg) from error
 
 

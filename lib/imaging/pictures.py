@@ -1,12 +1,14 @@
 """2D picture files (PNG, JPEG, TIFF, BMP) as arrays with the axes (W, H), and back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from lib.errors import ImageError, LabelError
 
@@ -32,7 +34,7 @@ class Picture:
 
 def read_picture(path: Path) -> Picture:
     """Read a picture; palettes and other color models become RGB, alpha is dropped."""
-    with _open(path) as picture:
+    with _opened(path) as picture:
         mode = picture.mode
         if mode in _GREY_ALPHA:
             values = np.asarray(picture.convert("L"))
@@ -51,7 +53,7 @@ def read_label_picture(path: Path) -> npt.NDArray[Any]:
     if path.suffix.lower() in {".jpg", ".jpeg"}:
         msg = f"{path.name} is a JPEG, which changes label numbers. Submit the label map as PNG."
         raise LabelError(msg)
-    with _open(path) as picture:
+    with _opened(path) as picture:
         values = np.asarray(picture.convert("P") if picture.mode == "PA" else picture)
         if picture.mode in _GREY_ALPHA:
             values = values[..., 0]
@@ -79,29 +81,25 @@ def write_label_picture(path: Path, values: npt.NDArray[Any], *, compress: bool)
     Image.fromarray(np.ascontiguousarray(values.swapaxes(0, 1))).save(path, **options)
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     """Open and decode one picture, or say why not."""
-    try:
-        picture = Image.open(path)
-    except UnidentifiedImageError as error:
-        msg = f"{path.name} is not a picture that can be read; it may be damaged. Export it anew."
-        raise ImageError(msg) from error
-    pages = getattr(picture, "n_frames", 1)
-    # A camera's MPO is a JPEG with previews behind it; its first frame is the picture.
-    if pages > 1 and picture.format != "MPO":
-        picture.close()
-        msg = (
-            f"{path.name} holds {pages} pages; one picture a file is allowed. "
-            "Save the pages as single pictures, or as a volume (.nii.gz, .nrrd)."
-        )
-        raise ImageError(msg)
-    if picture.format == "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
-        # Pillow turns these by 90 degrees and ITK does not: a mask could not fit both.
-        picture.close()
-        msg = (
-            f"{path.name} is a TIFF with a 90 degree turn in its orientation tag, which viewers "
-            "show differently. Save it upright."
-        )
-        raise ImageError(msg)
-    picture.load()
-    return picture
+    # Pillow leaves a file that it cannot identify to the garbage collector.
+    with path.open("rb") as stream, Image.open(stream) as picture:
+        pages = getattr(picture, "n_frames", 1)
+        # A camera's MPO is a JPEG with previews behind it; its first frame is the picture.
+        if pages > 1 and picture.format != "MPO":
+            msg = (
+                f"{path.name} holds {pages} pages; one picture a file is allowed. "
+                "Save the pages as single pictures, or as a volume (.nii.gz, .nrrd)."
+            )
+            raise ImageError(msg)
+        if picture.format == "TIFF" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4:
+            # Pillow turns these by 90 degrees and ITK does not: a mask could not fit both.
+            msg = (
+                f"{path.name} is a TIFF with a 90 degree turn in its orientation tag, which "
+                "viewers show differently. Save it upright."
+            )
+            raise ImageError(msg)
+        picture.load()
+        yield picture

@@ -21,6 +21,13 @@ _MAX_VOXELS = 2**31
 # Deflate cannot pack tighter than about 1 : 1032, so a header that claims more lies.
 _MAX_DEFLATE = 1040
 
+_ITK_READERS = {
+    ".nrrd": "NrrdImageIO",
+    ".nhdr": "NrrdImageIO",
+    ".mha": "MetaImageIO",
+    ".mhd": "MetaImageIO",
+}
+
 _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -50,7 +57,7 @@ def read_nifti(path: Path) -> Volume:
     _check_size(path, image.shape, dtype.itemsize, packed=path.suffix.lower() == ".gz")
     proxy: Any = image.dataobj
     unscaled = proxy.slope == 1 and proxy.inter == 0
-    values = proxy.get_unscaled() if unscaled else proxy.get_scaled(np.float32)
+    values = proxy.get_unscaled() if unscaled else np.asarray(proxy, dtype=np.float32)
     if dtype.names in {("R", "G", "B"), ("R", "G", "B", "A")}:
         values = np.stack([values[name] for name in "RGB"], axis=-1)
         color = 1
@@ -64,6 +71,8 @@ def read_itk(path: Path) -> Volume:
     import SimpleITK
 
     reader = SimpleITK.ImageFileReader()
+    # By name: ITK's own choice fails on extensions in capitals.
+    reader.SetImageIO(_ITK_READERS.get(path.suffix.lower(), "GDCMImageIO"))
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     # Detached data lie in another file, and DICOM may be packed better than deflate.
