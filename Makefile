@@ -43,7 +43,11 @@ typecheck: setup ## mypy
 test: setup lint typecheck ## set up, then style, types, import rules and tests
 	$(BIN)/python -m pytest
 
-demo: setup ## set up, then play an annotator against a real server; pictures in build/demo
+$(VENV)/.demo: requirements-demo.txt $(VENV)/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --only-binary=:all: -r requirements-demo.txt
+	@touch $@
+
+demo: $(VENV)/.demo ## set up, then play an annotator against a real server; pictures in build/demo
 	$(BIN)/python -m demo
 
 serve: setup ## start the server: make serve STUDIES=DIR [PORT=8000] [HOST=127.0.0.1]

@@ -1,0 +1,1 @@
+"""The demo: a played annotator who labels a few images while RefSeg segments the others."""
