@@ -15,32 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.errors import ImageError, LabelError
+from lib.imaging.formats import (
+    ITK,
+    NIFTI,
+    PICTURES,
+    WRITABLE,
+    check_signature,
+    extension_of,
+)
 from lib.imaging.geometry import Geometry, from_canonical, resample_nearest, to_canonical
 from lib.types import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
-NIFTI = frozenset({".nii", ".nii.gz"})
-ITK = frozenset({".nrrd", ".nhdr", ".mha", ".mhd"})
-DICOM = frozenset({".dcm", ".dicom", ".ima"})
-WRITABLE = (".nii.gz", ".nii", ".nrrd", ".mha", ".png", ".tif", ".tiff", ".bmp")
-
 _MAX_LABEL = 65535
-
-# First bytes -> what the file is and the extensions under which readers find it.
-_SIGNATURES: tuple[tuple[int, bytes, str, frozenset[str]], ...] = (
-    (0, b"\x89PNG", "a PNG picture", PICTURES),
-    (0, b"\xff\xd8\xff", "a JPEG picture", PICTURES),
-    (0, b"II*\0", "a TIFF picture", PICTURES),
-    (0, b"MM\0*", "a TIFF picture", PICTURES),
-    (0, b"\x1f\x8b", "packed with gzip", frozenset({".nii.gz"})),
-    (0, b"NRRD000", "a NRRD volume", frozenset({".nrrd", ".nhdr"})),
-    (0, b"ObjectType", "a MetaImage volume", frozenset({".mha", ".mhd"})),
-    (128, b"DICM", "a DICOM file", DICOM | {""}),
-    (344, b"n+1\0", "a NIfTI volume that is not packed", frozenset({".nii"})),
-    (4, b"n+2\0", "a NIfTI volume that is not packed", frozenset({".nii"})),
-)
 
 _T = TypeVar("_T")
 
@@ -191,12 +179,6 @@ def write_label_map(
         beside.unlink(missing_ok=True)
 
 
-def extension_of(path: Path) -> str:
-    """Lower-case extension with its dot, ".nii.gz" as one."""
-    name = path.name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
-
-
 def _encode(path: Path, values: npt.NDArray[Any], image: ImageVolume, *, compress: bool) -> None:
     """Write (I, J, K) numbers on the file's grid in the format of the path."""
     from lib.imaging import pictures, volumes
@@ -228,7 +210,7 @@ def _decode(path: Path, *, label: bool) -> _Decoded:
         msg = f"{path.name} is neither a file nor a folder. Copy the image into a file."
         raise ImageError(msg)
     else:
-        dicom = _check_signature(path, extension)
+        dicom = check_signature(path, extension)
         if extension in PICTURES:
             return _decode_picture(path, pictures.read_label_picture if label else None)
         if extension in NIFTI:
@@ -255,30 +237,6 @@ def _decode_picture(path: Path, read_labels: Callable[[Path], npt.NDArray[Any]] 
     width, height = values.shape[:2]
     values = values.reshape(width, height, 1, *values.shape[2:])
     return _Decoded(values, Geometry((width, height, 1), np.eye(4)), "picture", value_range, 2)
-
-
-def _check_signature(path: Path, extension: str) -> bool:
-    """Refuse an empty or misnamed file; tell whether it says that it is DICOM."""
-    with path.open("rb") as stream:
-        head = stream.read(352)
-    if not head:
-        msg = f"{path.name} is empty (0 bytes). Copy it anew."
-        raise ImageError(msg)
-    kind = {e: kind for kind in (PICTURES, NIFTI, ITK, DICOM) for e in kind}.get(extension)
-    for offset, signature, what, extensions in _SIGNATURES:
-        if head[offset : offset + len(signature)] == signature:
-            # DICOM often comes without any extension, or with a part of its UID as one.
-            if extensions >= DICOM and kind is None:
-                return True
-            if extension not in extensions:
-                named = extension or "without extension"
-                msg = (
-                    f"{path.name} is named {named} but is {what}. "
-                    f"Rename it to {' or '.join(sorted(filter(None, extensions)))}."
-                )
-                raise ImageError(msg)
-            break
-    return extension in DICOM
 
 
 def _guarded(path: Path, read: Callable[[], _T]) -> _T:

@@ -57,7 +57,7 @@ def read_nifti(path: Path) -> Volume:
     _check_size(path, image.shape, dtype.itemsize, packed=path.suffix.lower() == ".gz")
     proxy: Any = image.dataobj
     unscaled = proxy.slope == 1 and proxy.inter == 0
-    values = proxy.get_unscaled() if unscaled else np.asarray(proxy, dtype=np.float32)
+    values: Any = proxy.get_unscaled() if unscaled else np.asarray(proxy, dtype=np.float32)
     if dtype.names in {("R", "G", "B"), ("R", "G", "B", "A")}:
         values = np.stack([values[name] for name in "RGB"], axis=-1)
         color = 1
@@ -97,6 +97,15 @@ def read_dicom_folder(path: Path) -> Volume:
         )
         raise ImageError(msg)
     names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])
+    # The scan passes over files that it cannot parse: a slice would be missing without a word.
+    used = {Path(name).name for name in names}
+    for file in sorted(path.iterdir()):
+        if file.name not in used and file.name != "DICOMDIR" and is_dicom(file):
+            msg = (
+                f"{file.name} in folder {path.name} is DICOM but no readable image: it is cut off, "
+                "or another kind of object. Copy it anew or take it out."
+            )
+            raise ImageError(msg)
     first = SimpleITK.ImageFileReader()
     first.SetFileName(names[0])
     first.ReadImageInformation()
@@ -106,6 +115,14 @@ def read_dicom_folder(path: Path) -> Volume:
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(names)
     return _from_itk(path, reader.Execute())
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file carries DICOM's mark."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def write_nifti(path: Path, volume: Volume) -> None:

@@ -113,8 +113,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "all NaN": (lambda d: nifti(d / "a.nii", np.full((3, 4, 5), np.nan, np.float32)), "NaN"),
     "all Inf": (lambda d: nifti(d / "a.nii", np.full((3, 4, 5), np.inf)), "no finite number"),
     "TIFF of NaN": (
-        lambda d: (Image.fromarray(np.full((4, 5), np.nan, np.float32)).save(d / "a.tif"))
-        or d / "a.tif",
+        lambda d: (
+            (Image.fromarray(np.full((4, 5), np.nan, np.float32)).save(d / "a.tif")) or d / "a.tif"
+        ),
         "no finite number",
     ),
     "no voxels": (lambda d: written(d / "a.nii", nifti_header((4, 0, 3))), "is empty"),
