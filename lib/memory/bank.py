@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -66,7 +67,8 @@ class MemoryBank:
             self._files = MemoryFiles(self._folder / "memories", cache_bytes=cache_bytes)
         except OSError as error:
             message = f"the bank's folder {self._folder} cannot be made: {error.strerror}"
-            raise MemoryStoreError(f"{message}; name a writable one (--conf bank DIR)") from error
+            message += "; name a writable one (--conf bank DIR)"
+            raise MemoryStoreError(message) from error
         self._catalogue = Catalogue(
             self._folder / "catalogue.sqlite", ledger.SCHEMA, fingerprint, on_new=self._recover
         )
@@ -105,12 +107,14 @@ class MemoryBank:
         """
         if not self._looked_for_missing:
             self._looked_for_missing = True
-            self._surviving(self._disown_missing)
-        return self._surviving(lambda: self._synchronizer.run(labels, complete=complete))
+            self._catalogue.surviving(self._disown_missing)
+        return self._catalogue.surviving(lambda: self._synchronizer.run(labels, complete=complete))
 
     def rebuild(self, labels: Sequence[LabelledImage]) -> SyncReport:
         """Encode all these images anew, one by one; readers use the old references meanwhile."""
-        return self._surviving(lambda: self._synchronizer.run(labels, complete=True, again=True))
+        return self._catalogue.surviving(
+            lambda: self._synchronizer.run(labels, complete=True, again=True)
+        )
 
     def nearest(
         self,
@@ -162,8 +166,8 @@ class MemoryBank:
         """
         memories = []
         known = torch.zeros((len(keys), len(labels)), dtype=torch.bool)
-        for row, key in enumerate(keys):
-            memory, flags = self._load_one(key, labels)
+        for row, entry in enumerate(self._find(keys)):
+            memory, flags = self._load_one(entry, labels)
             memories.append(memory)
             known[row] = torch.tensor(flags, dtype=torch.bool)
         return memories, known
@@ -171,13 +175,12 @@ class MemoryBank:
     def references(self, keys: Sequence[SliceKey]) -> list[Reference]:
         """References whole, memories with rows for all labels that they know."""
         found = []
-        for key in keys:
-            stored = self._entry(key).stored
-            own = sorted((*stored.present, *stored.absent))
-            memory, _ = self._load_one(key, own)
+        for entry in self._find(keys):
+            stored = entry.stored
+            memory, _ = self._load_one(entry, stored.labels)
             found.append(
                 Reference(
-                    key=key,
+                    key=entry.key,
                     embedding=stored.embedding,
                     present=frozenset(stored.present),
                     absent=frozenset(stored.absent),
@@ -256,19 +259,7 @@ class MemoryBank:
                     self._view.refresh(connection)
                 return read(self._view)
 
-        return self._surviving(look)
-
-    def _surviving(self, work: Callable[[], T]) -> T:
-        """Do it; if the catalogue turns out to be damaged or emptied, renew it and do it again."""
-        try:
-            return work()
-        except sqlite3.DatabaseError:
-            self._catalogue.renew_if_damaged()
-        try:
-            return work()
-        except sqlite3.DatabaseError as error:
-            message = f"{self._folder / 'catalogue.sqlite'} cannot be used: {error}"
-            raise MemoryStoreError(f"{message}; check the disk") from error
+        return self._catalogue.surviving(look)
 
     def _recover(self, connection: sqlite3.Connection) -> None:
         """Fill an empty catalogue with what the memories say of themselves."""
@@ -278,30 +269,30 @@ class MemoryBank:
         if recovered:
             logger.warning("catalogue made anew from the files of %d images", len(recovered))
 
-    def _entry(self, key: SliceKey) -> Entry:
-        entry = self._with_view(lambda view: view.find(key))
-        if entry is None:
-            message = f"{key} is not in the bank; it may have been removed long ago: ask again"
+    def _find(self, keys: Sequence[SliceKey]) -> list[Entry]:
+        entries = self._with_view(lambda view: [view.find(key) for key in keys])
+        missing = [key for key, entry in zip(keys, entries, strict=True) if entry is None]
+        if missing:
+            message = f"{missing[0]} is not in the bank; it was removed: ask for the nearest again"
             raise MemoryStoreError(message)
-        return entry
+        return [entry for entry in entries if entry is not None]
 
-    def _load_one(self, key: SliceKey, labels: Sequence[str]) -> tuple[Memory, list[bool]]:
+    def _load_one(self, entry: Entry, labels: Sequence[str]) -> tuple[Memory, list[bool]]:
         try:
-            return self._files.load(self._entry(key).stored, labels)
+            return self._files.load(entry.stored, labels)
         except DamagedFileError as error:
             logger.warning("%s: put aside, its image is encoded again", error)
-            self._mend([error.file])
+            self._mend(error.file)
         try:
-            return self._files.load(self._entry(key).stored, labels)
+            return self._files.load(self._find([entry.key])[0].stored, labels)
         except DamagedFileError as error:
-            message = f"the memory of {key} is lost ({error}); run `bank rebuild`"
+            message = f"the memory of {entry.key} is lost ({error}); run `bank rebuild`"
             raise MemoryStoreError(message) from error
 
-    def _mend(self, files: list[str]) -> None:
+    def _mend(self, file: str) -> None:
         with self._catalogue.write() as connection:
-            for file in files:
-                self._files.put_aside(file)
-            records = ledger.disown(connection, files)
+            self._files.put_aside(file)
+            records = ledger.disown(connection, file)
         self.sync([record.label() for record in records], complete=False)
 
     def _disown_missing(self) -> None:
@@ -311,8 +302,12 @@ class MemoryBank:
             if missing:
                 logger.warning("%d files of memories are missing", len(missing))
                 for file in missing:
-                    ledger.disown(connection, [file])
+                    ledger.disown(connection, file)
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # swept, or a journal that just went
+            total += path.stat().st_size if path.is_file() else 0
+    return total

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from lib.errors import MemoryStoreError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,18 @@ class Catalogue:
         with self._connect("BEGIN IMMEDIATE") as connection:
             yield connection
 
+    def surviving(self, work: Callable[[], T]) -> T:
+        """Do it; if the file turns out to be damaged or emptied, renew it and do it again."""
+        try:
+            return work()
+        except sqlite3.DatabaseError:
+            self.renew_if_damaged()
+        try:
+            return work()
+        except sqlite3.DatabaseError as error:
+            message = f"{self.path} cannot be used: {error}; check the disk"
+            raise MemoryStoreError(message) from error
+
     def problems(self) -> list[str]:
         """What SQLite's own check finds wrong with the file."""
         try:
@@ -85,7 +100,8 @@ class Catalogue:
             )
         except sqlite3.OperationalError as error:
             message = f"{self.path} cannot be opened: {error}"
-            raise MemoryStoreError(f"{message}; check the folder and its permissions") from error
+            message += "; check the folder and its permissions"
+            raise MemoryStoreError(message) from error
         with closing(connection):
             try:
                 connection.execute("PRAGMA synchronous = FULL")
@@ -99,7 +115,8 @@ class Catalogue:
                     raise  # emptied under our feet: `renew_if_damaged` mends that
                 message = f"{self.path} cannot be used: {error}"
                 advice = "end the process that holds it, or make room and the folder writable"
-                raise MemoryStoreError(f"{message}; {advice}") from error
+                message += f"; {advice}"
+                raise MemoryStoreError(message) from error
             except BaseException:
                 _roll_back(connection)
                 raise
@@ -119,10 +136,12 @@ class Catalogue:
                     self._make_tables(connection)
         except Timeout as error:
             message = f"{lock.lock_file} has been locked for {_BUSY_TIMEOUT_S:.0f} s"
-            raise MemoryStoreError(f"{message}; end the process that holds it") from error
+            message += "; end the process that holds it"
+            raise MemoryStoreError(message) from error
         except OSError as error:
             message = f"the bank's folder {self.path.parent} cannot be used: {error.strerror}"
-            raise MemoryStoreError(f"{message}; name a writable one (--conf bank DIR)") from error
+            message += "; name a writable one (--conf bank DIR)"
+            raise MemoryStoreError(message) from error
 
     def _make_tables(self, connection: sqlite3.Connection) -> None:
         connection.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value)")
@@ -151,7 +170,8 @@ class Catalogue:
         if stored.get("fingerprint") != self._fingerprint:
             message = f"{self.path.parent} belongs to {stored.get('fingerprint')!r}"
             advice = f"not to {self._fingerprint!r}; choose another folder"
-            raise MemoryStoreError(f"{message}, {advice}")
+            message += f", {advice}"
+            raise MemoryStoreError(message)
         return True
 
     def _put_aside(self, error: sqlite3.DatabaseError) -> None:

@@ -8,7 +8,7 @@ find it, and an image that comes back, or comes back under another name, is not 
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,19 +215,20 @@ def adopt(connection: sqlite3.Connection, seen: Sighting) -> str | None:
     return str(known_as)
 
 
-def disown(connection: sqlite3.Connection, files: Sequence[str]) -> list[Record]:
-    """Forget what images of damaged files were made from, so that they are encoded again.
+def disown(connection: sqlite3.Connection, file: str) -> list[Record]:
+    """Forget what the images of a damaged file were made from, so that they are encoded again.
 
     Returns:
         Their live rows.
     """
-    marks = ", ".join("?" * len(files))
-    rows = f"SELECT DISTINCT image FROM slices WHERE file IN ({marks})"
-    connection.execute(f"DELETE FROM images WHERE removed_at IS NOT NULL AND id IN ({rows})", files)
+    rows = "SELECT DISTINCT image FROM slices WHERE file = ?"
     connection.execute(
-        f"UPDATE images SET content = '', signature = '' WHERE id IN ({rows})", files
+        f"DELETE FROM images WHERE removed_at IS NOT NULL AND id IN ({rows})", (file,)
     )
-    found = connection.execute(f"SELECT {_COLUMNS} FROM images WHERE id IN ({rows})", files)
+    connection.execute(
+        f"UPDATE images SET content = '', signature = '' WHERE id IN ({rows})", (file,)
+    )
+    found = connection.execute(f"SELECT {_COLUMNS} FROM images WHERE id IN ({rows})", (file,))
     return [Record(*row) for row in found]
 
 

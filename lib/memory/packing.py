@@ -38,6 +38,11 @@ class StoredSlice:
     file: str
     position: int
 
+    @property
+    def labels(self) -> list[str]:
+        """All labels that the slice knows, in the order of `rows`."""
+        return sorted((*self.present, *self.absent))
+
     def text(self) -> str:
         """Everything but embedding and place in a file, as JSON."""
         return json.dumps(
@@ -106,7 +111,8 @@ def pack(
         labels = reference.memory.labels.detach().cpu()
         if len(labels) != len(reference.labels):
             message = f"{reference.key} has {len(labels)} memory rows for {len(reference.labels)}"
-            raise ValueError(f"{message} labels; rows follow `Reference.labels`")
+            message += " labels; rows follow `Reference.labels`"
+            raise ValueError(message)
         seen: dict[bytes, int] = {}
         rows = [
             seen.setdefault(row.contiguous().view(torch.uint8).numpy().tobytes(), len(seen))
@@ -146,7 +152,8 @@ def unpack(metadata: Mapping[str, str] | None, embeddings: Any, file: str) -> Sh
         ValueError: the file is not one of ours.
     """
     if not metadata or _METADATA not in metadata:
-        raise ValueError("it does not describe itself")
+        message = "it does not describe itself"
+        raise ValueError(message)
     about = json.loads(metadata[_METADATA])
     slices = (
         from_text(text, np.array(embeddings[position], dtype=np.float32), file, position)

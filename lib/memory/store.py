@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,12 @@ class MemoryFiles:
         Raises:
             DamagedFileError: its file is missing or not readable.
         """
-        own = sorted((*item.present, *item.absent))
-        row_of = dict(zip(own, item.rows, strict=True))
+        row_of = dict(zip(item.labels, item.rows, strict=True))
         known = [label in row_of for label in labels]
         with _Opened(self.path(item.file), item) as opened:
             image = self._cache.get((item.file, item.position, -1), opened.image)
             found = {
-                row: self._cache.get((item.file, item.position, row), lambda r=row: opened.row(r))
+                row: self._cache.get((item.file, item.position, row), partial(opened.row, row))
                 for row in {row_of[label] for label in labels if label in row_of}
             }
             if found:

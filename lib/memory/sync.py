@@ -161,7 +161,8 @@ class Synchronizer:
                 error = str(wrapped.__cause__) or type(wrapped.__cause__).__name__
             except OSError as full:
                 message = f"memories cannot be written to {staging.parent}: {full.strerror}"
-                raise MemoryStoreError(f"{message}; free disk space or name another") from full
+                message += "; free disk space or name another"
+                raise MemoryStoreError(message) from full
             now = _look(seen.label)
             settled = now.content == seen.content
             seen = now

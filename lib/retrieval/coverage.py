@@ -65,7 +65,8 @@ def coverage_order(
     labelled = np.asarray(labelled, dtype=bool)
     if not len(embeddings) == len(groups) == len(labelled):
         message = f"{len(embeddings)} embeddings, {len(groups)} groups, {len(labelled)} flags"
-        raise ValueError(f"{message}; all must have one entry per slice")
+        message += "; all must have one entry per slice"
+        raise ValueError(message)
     generator = np.random.default_rng(seed)
     order = np.argsort(groups, kind="stable")
     embeddings, groups, labelled = embeddings[order], groups[order], labelled[order]

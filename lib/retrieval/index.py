@@ -44,6 +44,8 @@ class VectorIndex:
         self._lock = threading.RLock()
         self._index: Any = None
         self._gpu_copy: Any = None
+        self._subset: tuple[bytes, Any] | None = None
+        self._sorted: IdArray | None = None
         self._ids: set[int] = set()
         self._trained_on = 0
 
@@ -72,7 +74,8 @@ class VectorIndex:
         with self._lock:
             fresh = set(ids.tolist())
             if len(fresh) != len(ids) or not fresh.isdisjoint(self._ids):
-                raise ValueError("an id is already in the index; remove it first")
+                message = "an id is already in the index; remove it first"
+                raise ValueError(message)
             if self._index is None:
                 self._index = _exact(vectors.shape[1])
             if vectors.shape[1] != self._index.d:
@@ -80,7 +83,7 @@ class VectorIndex:
                 raise ValueError(message)
             self._index.add_with_ids(vectors, ids)
             self._ids |= fresh
-            self._gpu_copy = None
+            self._forget_derived()
             self._grow()
 
     def remove(self, ids: IdArray) -> None:
@@ -89,12 +92,10 @@ class VectorIndex:
             gone = self._ids.intersection(np.asarray(ids, dtype=np.int64).tolist())
             if not gone:
                 return
-            import faiss
-
             # An array selector is the only kind that an IVF with a hashed direct map can remove.
-            self._index.remove_ids(faiss.IDSelectorArray(np.array(sorted(gone), dtype=np.int64)))
+            self._index.remove_ids(_faiss().IDSelectorArray(np.array(sorted(gone), dtype=np.int64)))
             self._ids -= gone
-            self._gpu_copy = None
+            self._forget_derived()
             if self.approximate and len(self._ids) < self._exact_up_to // 2:
                 ids_left, vectors = self._everything()
                 self._index = _exact(self.size)
@@ -122,13 +123,10 @@ class VectorIndex:
         with self._lock:
             candidates = len(self._ids)
             if within is not None:
-                within = np.array(
-                    sorted(self._ids.intersection(np.asarray(within).tolist())), dtype=np.int64
-                )
-                if len(within) == candidates:
+                within = np.intersect1d(within, self._sorted_ids())
+                candidates = len(within)
+                if candidates == len(self._ids):
                     within = None
-                else:
-                    candidates = len(within)
             k = min(k, candidates)
             if k <= 0 or not len(queries):
                 empty = (len(queries), max(k, 0))
@@ -141,35 +139,36 @@ class VectorIndex:
     def _search(
         self, queries: FloatArray, k: int, within: IdArray | None
     ) -> tuple[FloatArray, IdArray]:
-        import faiss
-
         if within is None:
             similarities, ids = self._device_index().search(queries, k)
             return similarities, ids
-        if len(within) <= self._exact_up_to // 8 or not self.approximate:
-            # A small subset is searched exactly and by BLAS, which FAISS's selectors do not use.
-            return self._search_gathered(queries, k, within)
+        if not self.approximate or len(within) <= self._exact_up_to // 8:
+            similarities, positions = self._gathered(within).search(queries, k)
+            return similarities, within[positions]
         bits = np.zeros(int(within[-1]) // 8 + 1, dtype=np.uint8)
         np.bitwise_or.at(bits, within >> 3, (1 << (within & 7)).astype(np.uint8))
-        selector = faiss.IDSelectorBitmap(bits)
-        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=self._index.nprobe)
+        selector = _faiss().IDSelectorBitmap(bits)
+        parameters = _faiss().SearchParametersIVF(sel=selector, nprobe=self._index.nprobe)
         similarities, ids = self._index.search(queries, k, params=parameters)
         return similarities, ids
 
-    def _search_gathered(
-        self, queries: FloatArray, k: int, within: IdArray
-    ) -> tuple[FloatArray, IdArray]:
-        import faiss
+    def _gathered(self, within: IdArray) -> Any:
+        """An exact index of some ids by position: FAISS's selectors do without BLAS, 3x slower.
 
-        subset = faiss.IndexFlatIP(self.size)
+        The last one is kept if it is large: the slices of one image ask for the same candidates.
+        """
+        key = within.tobytes()
+        if self._subset is not None and self._subset[0] == key:
+            return self._subset[1]
+        subset = _faiss().IndexFlatIP(self.size)
         subset.add(self.vectors(within))
-        similarities, positions = subset.search(queries, k)
-        return similarities, within[positions]
+        if len(within) > len(self._ids) // 2:
+            self._subset = (key, subset)
+        return subset
 
     def _device_index(self) -> Any:
         """The index on a GPU if that is wanted and possible, else the CPU's."""
-        import faiss
-
+        faiss = _faiss()
         gpus = getattr(faiss, "get_num_gpus", lambda: 0)()
         if self._use_gpu is False or not gpus:
             return self._index
@@ -182,8 +181,16 @@ class VectorIndex:
         return self._gpu_copy
 
     def _everything(self) -> tuple[IdArray, FloatArray]:
-        ids = np.array(sorted(self._ids), dtype=np.int64)
+        ids = self._sorted_ids()
         return ids, self.vectors(ids)
+
+    def _sorted_ids(self) -> IdArray:
+        if self._sorted is None:
+            self._sorted = np.array(sorted(self._ids), dtype=np.int64)
+        return self._sorted
+
+    def _forget_derived(self) -> None:
+        self._gpu_copy = self._subset = self._sorted = None
 
     def _grow(self) -> None:
         count = len(self._ids)
@@ -200,16 +207,20 @@ class VectorIndex:
         )
 
 
-def _exact(size: int) -> Any:
+def _faiss() -> Any:
+    """Imported on first use: a server without references starts without it."""
     import faiss
 
-    return faiss.IndexIDMap2(faiss.IndexFlatIP(size))
+    return faiss
+
+
+def _exact(size: int) -> Any:
+    return _faiss().IndexIDMap2(_faiss().IndexFlatIP(size))
 
 
 def _inverted(ids: IdArray, vectors: FloatArray) -> Any:
     """An IVF over all vectors whose probes give the recall that is wanted, measured on them."""
-    import faiss
-
+    faiss = _faiss()
     count, size = vectors.shape
     lists = int(np.clip(2 * np.sqrt(count), 16, 4096))
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Which of the found neighbors to take: caps per case, diversity, ties that never depend on luck."""
+"""Which of the found neighbors to take: cap per case, diversity, ties without luck."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -37,7 +37,8 @@ def top_k(
         ties: N sortable values that order equal similarities; positions if None.
     """
     if cap_per_case is not None and cap_per_case < 1:
-        raise ValueError(f"cap_per_case is {cap_per_case}; it must be at least 1, or None")
+        message = f"cap_per_case is {cap_per_case}; it must be at least 1, or None"
+        raise ValueError(message)
     taken: Counter[Hashable] = Counter()
     chosen: list[int] = []
     for position in ranked(similarities, range(len(similarities)) if ties is None else ties):
@@ -74,7 +75,8 @@ def diverse(
         Positions in the order taken: the first is the most similar.
     """
     if not 0 <= diversity <= 1:
-        raise ValueError(f"diversity is {diversity}; it must lie in 0..1")
+        message = f"diversity is {diversity}; it must lie in 0..1"
+        raise ValueError(message)
     order = ranked(similarities, range(len(similarities)) if ties is None else ties)
     relevance = np.asarray(similarities, dtype=np.float64)
     nearest = np.full(len(relevance), -np.inf)
