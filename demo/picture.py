@@ -82,9 +82,16 @@ def reference_panel(study: Study, answer: Answer, depth: int, place: int) -> tup
 
 
 def references_of(params: Mapping[str, Any], depth: int) -> list[tuple[str, int]]:
-    """Image and slice of the references behind one slice, the most similar first."""
-    del params, depth
-    return []
+    """Image and slice of the references used: those nearest in height, then the most similar.
+
+    The answer names the references of the whole volume; the ones of this slice lie at its height.
+    """
+    similarity: dict[tuple[str, int], float] = {}
+    for rows in params["references"].values():
+        for row in rows:
+            place = (str(row["image"]), int(row["slice"]))
+            similarity[place] = max(float(row["similarity"]), similarity.get(place, -1.0))
+    return sorted(similarity, key=lambda place: (abs(place[1] - depth), -similarity[place]))
 
 
 def load(path: Path) -> Voxels:
