@@ -1,0 +1,210 @@
+"""The bundled segmenter: `MatchSegNet` behind the protocol, its weights file, and its embedder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.errors import WeightsError
+from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
+from lib.types import Features, FloatArray, Memory, Prediction
+
+BUNDLED = Path(__file__).parent / "bundled" / "matchseg.safetensors"
+THUMBNAIL = 16  # side of the small grey picture in the embedding
+THUMBNAIL_WEIGHT = 0.7
+ENCODE_BATCH = 8
+SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
+VERSION = 1  # raised when a stored memory would no longer fit although the weights are the same
+
+
+def standardize(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) -> zero mean, standard deviation 1/2, clipped to -2..2, per image."""
+    mean = images.mean((1, 2, 3), keepdim=True)
+    std = images.std((1, 2, 3), keepdim=True)
+    return ((images - mean) / (2 * std + 1e-4)).clamp(-2, 2)
+
+
+def save_weights(net: MatchSegNet, path: Path) -> str:
+    """Write half-precision weights with the configuration in the header; returns the SHA-256.
+
+    The file appears whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()}
+    beside = path.with_suffix(".part")
+    save_file(tensors, beside, metadata={"config": json.dumps(asdict(net.config))})
+    beside.replace(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_weights(path: Path, *, sha256: str | None = None) -> MatchSegNet:
+    """Read what `save_weights` wrote, in float32 and evaluation mode.
+
+    Raises:
+        WeightsError: the file is absent, damaged, or not the one that `sha256` names.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        msg = (
+            f"No network weights at {path.name}; the bundled file is part of the repository: "
+            "restore it with git."
+        )
+        raise WeightsError(msg)
+    if sha256 is not None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != sha256:
+            msg = (
+                f"{path.name} is damaged: its SHA-256 is {found[:16]}..., "
+                f"{sha256[:16]}... was expected. "
+                "Restore it from the repository (git checkout lib/models/bundled)."
+            )
+            raise WeightsError(msg)
+    try:
+        with safe_open(path, "pt") as file:
+            net = MatchSegNet(NetworkConfig(**json.loads(file.metadata()["config"])))
+            net.load_state_dict({k: file.get_tensor(k).float() for k in file.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        msg = f"{path.name} is not a file of network weights that fits this version: {error}"
+        raise WeightsError(msg) from error
+    return net.eval()
+
+
+class MatchSegSegmenter:
+    """`ReferenceSegmenter` of the bundled network (or of any weights of its kind).
+
+    Images are stretched to the square working grid; masks are averaged onto it, so that a
+    structure smaller than a working pixel still leaves its share. Holds no state between calls.
+    """
+
+    name = "matchseg"
+
+    def __init__(self, net: MatchSegNet, *, digest: str, device: str | None = None):
+        """Wrap a network; `digest` identifies its weights (their SHA-256)."""
+        self.size = net.config.size
+        self.digest = digest
+        self.fingerprint = f"matchseg-v{VERSION}-{digest[:16]}-{self.size}"
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._net = net.to(self._device).eval()
+
+    @classmethod
+    def load(
+        cls, path: Path, *, sha256: str | None = None, device: str | None = None
+    ) -> "MatchSegSegmenter":
+        """Load weights that `save_weights` wrote.
+
+        Raises:
+            WeightsError: see `load_weights`.
+        """
+        net = load_weights(path, sha256=sha256)
+        return cls(net, digest=hashlib.sha256(path.read_bytes()).hexdigest(), device=device)
+
+    @classmethod
+    def load_bundled(cls, *, device: str | None = None) -> "MatchSegSegmenter":
+        """Load the weights that are part of the repository, checked against their SHA-256."""
+        expected = BUNDLED.with_suffix(".sha256")
+        if not expected.is_file():
+            msg = f"{expected.name} is missing; restore it with git checkout lib/models/bundled."
+            raise WeightsError(msg)
+        return cls.load(BUNDLED, sha256=expected.read_text().split()[0], device=device)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[FloatArray]) -> list[Features]:
+        """See `ReferenceSegmenter.encode`. Maps: descriptor, tokens, fine maps of strides 4, 2."""
+        features = []
+        for start in range(0, len(images), ENCODE_BATCH):
+            batch = torch.stack([self._fit(i) for i in images[start : start + ENCODE_BATCH]])
+            ready = standardize(batch).to(self._device, memory_format=torch.channels_last)
+            encoded = self._net.encode(ready)
+            vectors = _embedding(encoded.descriptor, ready)
+            maps = (encoded.descriptor, encoded.tokens, encoded.fine4, encoded.fine2)
+            features += [
+                Features(tuple(m[i] for m in maps), vectors[i], self.fingerprint)
+                for i in range(len(batch))
+            ]
+        return features
+
+    @torch.inference_mode()
+    def remember(self, features: Features, masks: Tensor) -> Memory:
+        """See `ReferenceSegmenter.remember`. Half precision; one flat row per label."""
+        side = (self.size, self.size)
+        shares = F.interpolate(
+            masks.to(self._device).float()[None], size=side, mode="bilinear", antialias=True
+        )
+        kept = self._net.remember(_batch(features), shares)
+        rows = [
+            kept.mask8[0],
+            kept.tokens[0].flatten(1),
+            kept.sums4[0].flatten(1) * SUM_SCALE,
+            kept.sums2[0].flatten(1) * SUM_SCALE,
+        ]
+        return Memory(image=kept.descriptor[0].half().cpu(), labels=torch.cat(rows, 1).half().cpu())
+
+    @torch.inference_mode()
+    def segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
+        """See `ReferenceSegmenter.segment`."""
+        cells, tokens = (self.size // 8) ** 2, (self.size // 16) ** 2
+        width = self._net.config.tokens
+        rows = torch.stack([m.labels for m in references]).to(self._device).float()  # (R, L, ..)
+        mask8, flat, sums4, sums2 = rows.split(
+            [cells, tokens * width, 2 * (FINE4 + 1), 2 * (FINE2 + 1)], dim=-1
+        )
+        memory = Remembered(
+            descriptor=torch.stack([m.image for m in references]).to(self._device).float()[None],
+            mask8=mask8[None],
+            tokens=flat.unflatten(-1, (tokens, width))[None],
+            sums4=sums4.unflatten(-1, (2, FINE4 + 1))[None] / SUM_SCALE,
+            sums2=sums2.unflatten(-1, (2, FINE2 + 1))[None] / SUM_SCALE,
+        )
+        output = self._net.segment(_batch(query), memory, known.to(self._device)[None])
+        return Prediction(
+            scores=output.scores[0].cpu(),
+            presence=output.presence[0].sigmoid().cpu(),
+            quality=output.quality[0].sigmoid().cpu(),
+        )
+
+    def _fit(self, image: FloatArray) -> Tensor:
+        picture = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+        channels = picture.expand(3, -1, -1) if picture.ndim == 2 else picture.permute(2, 0, 1)
+        side = (self.size, self.size)
+        return F.interpolate(channels[None], size=side, mode="bilinear", antialias=True)[0]
+
+
+class BundledEmbedder:
+    """`Embedder` of the bundled network: its own encoder's maps, pooled, and a small thumbnail."""
+
+    name = "bundled"
+
+    def __init__(self, segmenter: MatchSegSegmenter):
+        self._segmenter = segmenter
+        self.fingerprint = f"pooled-{segmenter.fingerprint}"
+
+    def embed(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        """See `Embedder.embed`; features of the same network are not computed again."""
+        if features is None or any(f.owner != self._segmenter.fingerprint for f in features):
+            features = self._segmenter.encode(images)
+        vectors = [f.embedding for f in features if f.embedding is not None]
+        return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+
+
+def _embedding(descriptor: Tensor, images: Tensor) -> FloatArray:
+    """Unit vectors (B, E): what is on the picture (mean descriptor), roughly where (thumbnail)."""
+    content = F.normalize(descriptor.mean((2, 3)), dim=1)
+    thumbnail = F.adaptive_avg_pool2d(images.mean(1), THUMBNAIL).flatten(1)
+    thumbnail = F.normalize(thumbnail - thumbnail.mean(1, keepdim=True), dim=1, eps=1e-3)
+    vectors = F.normalize(torch.cat([content, THUMBNAIL_WEIGHT * thumbnail], 1), dim=1)
+    return vectors.float().cpu().numpy()
+
+
+def _batch(features: Features) -> Encoded:
+    descriptor, tokens, fine4, fine2 = (m[None] for m in features.maps)
+    return Encoded(descriptor, tokens, fine4, fine2)

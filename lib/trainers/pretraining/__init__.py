@@ -1,0 +1,1 @@
+"""Pretraining of the bundled network: packed data, tasks, episodes, losses, the loop."""

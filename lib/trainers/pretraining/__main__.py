@@ -1,0 +1,78 @@
+"""`python -m lib.trainers.pretraining pack|train --help`."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+
+@app.command()
+def pack(
+    data: Annotated[Path, typer.Option(help="Folder of data sets with an index.json.")],
+    out: Annotated[Path, typer.Option(help="The pack to write.")] = Path("runs/pack.zip"),
+    longest: Annotated[int, typer.Option(help="Longest side kept, in pixels.")] = 320,
+) -> None:
+    """Pack every data set that may be trained on into one file."""
+    from lib.trainers.pretraining.pack import pack as pack_sets
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = pack_sets(data, out, longest=longest)
+    typer.echo(f"{len(names)} sets, {out.stat().st_size / 2**20:.1f} MiB: {', '.join(names)}")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="The pack.")] = Path("runs/pack.zip"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")
+    ] = Path("runs/pretrain"),
+    minutes: Annotated[float, typer.Option(help="Stop after this long.")] = 60,
+    total_minutes: Annotated[
+        float, typer.Option(help="Length of the whole schedule; 0: as --minutes.")
+    ] = 0,
+    size: Annotated[int, typer.Option(help="Working size in pixels.")] = 192,
+    images: Annotated[int, typer.Option(help="Images an episode.")] = 8,
+    episodes: Annotated[int, typer.Option(help="Episodes a step.")] = 2,
+    synthetic: Annotated[float, typer.Option(help="Share of synthetic anatomies.")] = 0.35,
+    regions: Annotated[float, typer.Option(help="Share of region tasks on real pictures.")] = 0.08,
+    rate: Annotated[float, typer.Option(help="Learning rate; the encoder's is a fifth.")] = 1e-3,
+    encoder: Annotated[
+        Path | None, typer.Option(help="ImageNet MobileNetV2 features to start from.")
+    ] = None,
+    start: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train, or go on training, the bundled network."""
+    import torch
+
+    from lib.trainers.pretraining.loop import TrainingPlan
+    from lib.trainers.pretraining.loop import train as run
+    from lib.trainers.pretraining.pack import Pack
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    plan = TrainingPlan(
+        minutes=minutes,
+        total_minutes=total_minutes or minutes,
+        size=size,
+        images=images,
+        episodes=episodes,
+        rate=rate,
+        encoder_rate=rate / 5,
+        synthetic=synthetic,
+        regions=regions,
+        seed=seed,
+        device=device,
+    )
+    typer.echo(run(Pack(data), out, plan, encoder=encoder, start=start))
+
+
+if __name__ == "__main__":
+    app()

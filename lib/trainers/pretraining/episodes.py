@@ -1,0 +1,129 @@
+"""From a task to an episode: augmentation of the task and of each image, choice of supports."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.models.matchseg import standardize
+from lib.trainers.pretraining.tasks import Task, noise, warp
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """N images; the first Q are queries, each with its own supports among the others.
+
+    Attributes:
+        images: (N, 3, S, S) standardized.
+        masks: (N, L, S, S) 0/1 floats.
+        supports: (Q, R) indices of each query's references.
+        known: (Q, R, L) bool.
+        family: name for the log.
+    """
+
+    images: Tensor
+    masks: Tensor
+    supports: Tensor
+    known: Tensor
+    family: str
+
+
+class EpisodeMaker:
+    """Augments tasks; seeded."""
+
+    def __init__(self, *, size: int, seed: int):
+        self.size = size
+        self.rng = np.random.default_rng(seed + 1)
+        self.generator = torch.Generator().manual_seed(seed + 1)
+
+    def make(self, task: Task, *, most_supports: int, queries: int) -> Episode:
+        """Warp and re-tone a task; sometimes some supports are empty or unknown for a label."""
+        n = task.images.shape[0]
+        images, labels = task.images, task.labels
+        if self.rng.random() < 0.5:  # the task as such may be mirrored or turned
+            images, labels = images.flip(-1), labels.flip(-1)
+        if self.rng.random() < 0.2:
+            images, labels = images.flip(-2), labels.flip(-2)
+        if self.rng.random() < 0.15:
+            turns = int(self.rng.integers(1, 4))
+            images, labels = images.rot90(turns, (-2, -1)), labels.rot90(turns, (-2, -1))
+        grid = self._grid(n, 1 - task.rigid)
+        images = warp(images, grid, mode="bilinear")
+        labels = warp(labels[:, None].float(), grid, mode="nearest")[:, 0].long()
+        images = self._tone(images, color=task.color)
+        n_labels = max(int(labels.max()), 1)
+        masks = F.one_hot(labels, n_labels + 1)[..., 1:].permute(0, 3, 1, 2).float()
+        r = int(self.rng.integers(1, min(most_supports, n - 1) + 1))
+        others = torch.stack(
+            [
+                torch.tensor([j for j in range(n) if j != i])[
+                    torch.randperm(n - 1, generator=self.generator)[:r]
+                ]
+                for i in range(queries)
+            ]
+        )
+        known = torch.ones(queries, r, n_labels, dtype=torch.bool)
+        if r > 1 and n_labels > 1 and self.rng.random() < 0.1:
+            known = torch.rand(known.shape, generator=self.generator) < 0.7
+            known[:, 0] = True
+        return Episode(standardize(images), masks, others, known, task.family)
+
+    def _grid(self, n: int, strength: float) -> Tensor:
+        """Rotation, scale, shift, aspect, a mirror now and then, and a smooth warp."""
+        side, g = self.size, self.generator
+
+        def spread(scale: float) -> Tensor:
+            return (torch.rand(n, generator=g) * 2 - 1) * scale
+
+        angle = spread(0.06 + 0.5 * strength)
+        zoom = 0.85 * (1 + spread(0.05 + 0.25 * strength))
+        aspect = 1 + spread(0.03 + 0.12 * strength)
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0], theta[:, 0, 1] = cos * aspect, -sin * aspect
+        theta[:, 1, 0], theta[:, 1, 1] = sin / aspect, cos / aspect
+        theta[:, 0, 2], theta[:, 1, 2] = (
+            spread(0.05 + 0.2 * strength),
+            spread(0.05 + 0.2 * strength),
+        )
+        if strength > 0.5 and self.rng.random() < 0.2:
+            mirrored = torch.rand(n, generator=g) < 0.5
+            theta[mirrored, 0] = -theta[mirrored, 0]
+        grid = F.affine_grid(theta, [n, 1, side, side], align_corners=False)
+        bend = (0.01 + 0.05 * strength) * noise(n, 2, side, 4, g).permute(0, 2, 3, 1)
+        return grid + bend
+
+    def _tone(self, images: Tensor, *, color: bool) -> Tensor:
+        """Contrast by task, then a little by image."""
+        n, g, rng = images.shape[0], self.generator, self.rng
+        if color and rng.random() < 0.3:
+            weights = torch.rand(3, generator=g)
+            images = (
+                (images * (weights / weights.sum())[None, :, None, None])
+                .sum(1, keepdim=True)
+                .expand(-1, 3, -1, -1)
+            )
+        elif color and rng.random() < 0.4:
+            images = images[:, torch.randperm(3, generator=g)]
+        if rng.random() < 0.2:
+            images = 1 - images
+        if rng.random() < 0.2:  # modality-like: a random monotone-by-pieces curve
+            knots = torch.rand(6, generator=g)
+            position = images.clamp(0, 1) * 4.999
+            low = position.long()
+            images = knots[low] + (knots[low + 1] - knots[low]) * (position - low)
+        varied = float(rng.uniform(0.05, 0.5))
+        gamma = torch.exp((torch.rand(n, 1, 1, 1, generator=g) * 2 - 1) * varied)
+        images = images.clamp(1e-4, 1) ** gamma
+        if rng.random() < 0.4:  # bias field
+            images = images * (1 + varied * 0.4 * noise(n, 1, images.shape[-1], 2, g))
+        if rng.random() < 0.4:
+            grain = float(rng.uniform(0, 0.1))
+            images = images + grain * torch.randn((n, 1, *images.shape[2:]), generator=g)
+        if rng.random() < 0.2:
+            factor = int(rng.integers(2, 4))
+            small = F.avg_pool2d(images, factor)
+            images = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
+        return images

@@ -1,0 +1,53 @@
+"""MatchSeg's three losses (Dice, cross entropy, focal), labels competing, and two for the heads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.models.network import Output
+
+
+def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
+    """Dice of (..., H, W) probabilities and masks -> (...)."""
+    overlap = (probabilities * masks).sum((-2, -1))
+    total = (probabilities + masks).sum((-2, -1))
+    return (2 * overlap + 1) / (total + 1)
+
+
+def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of B queries, masks (B, L, S, S) 0/1 floats.
+
+    Labels and background compete: the class probabilities are a softmax over the scores with
+    background at zero, which is what inference decides by. Dice counts only labels that are
+    there; the rest is the business of cross entropy (absent labels included). Returns the loss and
+    the mean soft Dice of present labels, detached.
+    """
+    target = torch.cat([1 - masks.sum(1, keepdim=True), masks], 1).argmax(1)  # (B, S, S)
+    scores = torch.cat([torch.zeros_like(output.scores[:, :1]), output.scores], 1)
+    logs = F.log_softmax(scores, dim=1)
+    picked = logs.gather(1, target[:, None])[:, 0]
+    cross_entropy = -picked.mean()
+    focal = -((1 - picked.exp()) ** 2 * picked).mean()
+    probabilities = logs[:, 1:].exp()
+    dice = soft_dice(probabilities, masks)
+    present = masks.amax((2, 3)) > 0
+    n_present = present.sum().clamp_min(1)
+    dice_loss = ((1 - dice) * present).sum() / n_present
+
+    # The vote by itself, every head: it is the floor that the decoder stands on.
+    small = F.avg_pool2d(masks, 8)
+    wanted = torch.cat([small, 1 - small.sum(1, keepdim=True)], 1)[:, None]  # (B, 1, L + 1, ..)
+    vote_ce = -(wanted * (output.votes + 1e-3).log()).sum(2).mean()
+    vote_dice = (1 - soft_dice(output.votes[:, :, :-1], small[:, None])).mean(1)
+    vote_loss = vote_ce + (vote_dice * present).sum() / n_present
+
+    presence = F.binary_cross_entropy_with_logits(output.presence, present.float())
+    won = (
+        scores.argmax(1)[:, None] == torch.arange(1, scores.shape[1])[None, :, None, None]
+    ).float()
+    achieved = soft_dice(won, masks).detach()
+    quality = (
+        F.binary_cross_entropy_with_logits(output.quality, achieved, reduction="none") * present
+    ).sum() / n_present
+    loss = dice_loss + cross_entropy + focal + 0.3 * vote_loss + 0.1 * presence + 0.1 * quality
+    return loss, ((dice * present).sum() / n_present).detach()
