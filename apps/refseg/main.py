@@ -1,0 +1,99 @@
+"""RefSeg on MONAI Label: `monailabel start_server --app apps/refseg --studies DIR`.
+
+Run as a script, this file is RefSeg's command line: `python apps/refseg/main.py --help`.
+"""
+
+import sys
+from pathlib import Path
+
+# First, and for good: MONAI Label puts this folder on the path for the time of loading only, and
+# makes an empty `lib` in it, which must not win over the real one.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":  # no server, so none of MONAI Label's imports
+    from apps.refseg.cli import main
+
+    sys.exit(main())
+
+import logging
+from typing import Any
+
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.tasks.activelearning.first import First
+from monailabel.tasks.activelearning.random import Random
+
+from lib.datastore import StudiesDatastore, labelled_images
+from lib.infers.batch import RefSegBatch
+from lib.infers.refseg import RefSeg
+from lib.runtime import Runtime
+from lib.settings import from_conf
+from lib.strategies.refseg import RefSegStrategy
+from lib.types import LabelledImage
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+
+
+class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for this direct base
+    """Builds the parts and wires them to MONAI Label; all else is in `lib`."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        """Load no network: that happens in the background, or when it is first needed."""
+        self._settings = from_conf(conf or {})
+        self._runtime = Runtime(
+            self._settings, bank_root=Path(app_dir) / "model" / "bank", studies=studies
+        )
+        super().__init__(
+            app_dir,
+            studies,
+            conf,
+            name="RefSeg",
+            description="Label a few, the others are segmented by reference to them",
+            version=VERSION,
+        )
+
+    def init_datastore(self) -> Datastore:
+        """A folder with more kinds of files than the platform's default, or a remote store."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return StudiesDatastore(self.studies)
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """One task, whatever the networks."""
+        return {"refseg": RefSeg(self._runtime, self._labelled)}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """3D Slicer takes the first as its default; OHIF always asks for `random`."""
+        similar = RefSegStrategy(self._runtime)
+        if self._settings.ohif:
+            return {
+                "refseg": similar,
+                "random": similar,
+                "monailabel_random": Random(),
+                "first": First(),
+            }
+        return {"refseg": similar, "random": Random(), "first": First()}
+
+    def init_batch_infer(self) -> BatchInferTask:
+        """The platform's, made to run without a GPU."""
+        return RefSegBatch()
+
+    def on_init_complete(self) -> None:
+        """Take up what changed while the server was down, behind its first answers."""
+        super().on_init_complete()
+        if self._settings.warm_up:
+            self._runtime.sync_soon(self._labelled, warm=True)
+
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """Start learning a new label; the next request waits for it. Never raises: it is stored."""
+        super().on_save_label(image_id, label_id)
+        self._runtime.sync_soon(self._labelled)
+        return {"refseg": "being learned; the next segmentation refers to it"}
+
+    def _labelled(self) -> list[LabelledImage]:
+        return labelled_images(self.datastore(), self._settings.tags)

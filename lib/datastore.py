@@ -1,0 +1,174 @@
+"""MONAI Label's datastore as RefSeg sees it: final labels, images, and who was given what."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from monailabel.config import Settings
+from monailabel.config import settings as platform
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
+from monailabel.interfaces.datastore import Datastore
+
+from lib.types import LabelledImage
+
+logger = logging.getLogger(__name__)
+
+MORE_EXTENSIONS = ("*.jpeg", "*.tiff", "*.bmp", "*.mha", "*.mhd")
+NOT_EXPORTED = ("background", "foreground_scribbles", "background_scribbles")  # 3D Slicer leaves
+FINAL = "final"
+
+T = TypeVar("T")
+
+
+def extensions() -> list[str]:
+    """File patterns to serve: MONAI Label's, and more, unless its setting was changed."""
+    chosen = list(platform.MONAI_LABEL_DATASTORE_FILE_EXT)
+    default = Settings.model_fields["MONAI_LABEL_DATASTORE_FILE_EXT"].default
+    return [*chosen, *MORE_EXTENSIONS] if chosen == default else chosen
+
+
+def _locked(name: str) -> Any:
+    base = getattr(LocalDatastore, name)
+
+    def method(self: "StudiesDatastore", *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return base(self, *args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = base.__doc__
+    return method
+
+
+class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untyped
+    """MONAI Label's folder of studies, safe to be read while it looks at the disk again.
+
+    The platform's watcher thread empties the table of images and fills it again; a request that
+    reads in between finds no image. Here each call holds one lock, so that no call sees that.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.lock = threading.RLock()
+        super().__init__(
+            folder,
+            extensions=extensions(),
+            auto_reload=platform.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=platform.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    refresh = _locked("refresh")
+    _init_from_datastore_file = _locked("_init_from_datastore_file")
+    datalist = _locked("datalist")
+    get_image_uri = _locked("get_image_uri")
+    get_image_info = _locked("get_image_info")
+    get_label_uri = _locked("get_label_uri")
+    get_labels_by_image_id = _locked("get_labels_by_image_id")
+    get_label_info = _locked("get_label_info")
+    get_labeled_images = _locked("get_labeled_images")
+    get_unlabeled_images = _locked("get_unlabeled_images")
+    list_images = _locked("list_images")
+    add_image = _locked("add_image")
+    remove_image = _locked("remove_image")
+    save_label = _locked("save_label")
+    remove_label = _locked("remove_label")
+    update_image_info = _locked("update_image_info")
+    update_label_info = _locked("update_label_info")
+    status = _locked("status")
+    json = _locked("json")
+
+
+def labelled_images(datastore: Datastore, tags: Sequence[str] = (FINAL,)) -> list[LabelledImage]:
+    """List every image with a label of one of the tags (the first that it has), sorted by id.
+
+    A local store looks at the disk again, so that what was renamed or dropped into the folder is
+    seen. An image whose file or label is missing is left out.
+    """
+    if isinstance(datastore, DICOMWebDatastore):
+        found = [_of_pair(datastore, pair) for pair in datastore.datalist()]
+    else:
+        if isinstance(datastore, LocalDatastore):
+            datastore.refresh()
+        found = [_of_image(datastore, image_id, tags) for image_id in datastore.list_images()]
+    rows = [row for row in found if row is not None]
+    return sorted(rows, key=lambda row: row.image_id)
+
+
+def _of_image(datastore: Datastore, image_id: str, tags: Sequence[str]) -> LabelledImage | None:
+    present = datastore.get_labels_by_image_id(image_id)
+    tag = next((tag for tag in tags if tag in present), None)
+    if tag is None:
+        return None
+    image_path = Path(datastore.get_image_uri(image_id))
+    label_path = Path(datastore.get_label_uri(present[tag], tag))
+    if not image_path.exists() or not label_path.is_file():
+        return None
+    info = datastore.get_label_info(present[tag], tag)
+    return LabelledImage(image_id, image_path, label_path, label_names(info))
+
+
+def _of_pair(datastore: Datastore, pair: Mapping[str, str]) -> LabelledImage | None:
+    """A DICOMweb pair: files in the platform's cache that are named after the image series."""
+    image_path, label_path = Path(pair["image"]), Path(pair["label"])
+    if not image_path.exists() or not label_path.is_file():
+        return None
+    image_id = image_path.name.split(".nii")[0]
+    info = datastore.get_label_info(image_id, FINAL)
+    return LabelledImage(image_id, image_path, label_path, label_names(info))
+
+
+def label_names(info: Mapping[str, Any]) -> dict[int, str]:
+    """Value -> name, from what was stored with a label; empty where nothing usable was.
+
+    Two shapes are read. 3D Slicer and OHIF send `label_info`, a list of {"name", "idx"}: value k
+    is the k-th entry, leaving out the segments that Slicer does not export; `idx` counts those
+    too, so it is not the value. RefSeg's own results (batch inference) carry `params.label_names`.
+    """
+    listed = info.get("label_info")
+    if isinstance(listed, list):
+        names = [str(entry.get("name", "")) for entry in listed if isinstance(entry, Mapping)]
+        kept = [name for name in names if name and name not in NOT_EXPORTED]
+        return dict(enumerate(kept, start=1))
+    params = info.get("params")
+    own = params.get("label_names") if isinstance(params, Mapping) else info.get("label_names")
+    if isinstance(own, Mapping):
+        pairs = ((str(name), value) for name, value in own.items())
+        return {
+            int(value): name
+            for name, value in pairs
+            if isinstance(value, int) and value > 0 and name not in NOT_EXPORTED
+        }
+    return {}
+
+
+def find_by_path(labelled: Sequence[LabelledImage], path: str) -> LabelledImage | None:
+    """The labelled image whose file this is, if any: a request names files, not ids."""
+    wanted = Path(path).resolve()
+    return next((row for row in labelled if row.image_path.resolve() == wanted), None)
+
+
+def leased_to_others(
+    datastore: Datastore, image_ids: Sequence[str], *, client_id: str, seconds: int
+) -> set[str]:
+    """Images that a strategy gave to another client less than `seconds` ago."""
+    now = time.time()
+    leased = set()
+    for image_id in image_ids:
+        given = datastore.get_image_info(image_id).get("strategy", {})
+        for record in given.values() if isinstance(given, Mapping) else ():
+            age = now - record.get("ts", 0)
+            if age < seconds and record.get("client_id") != client_id:
+                leased.add(image_id)
+    return leased
+
+
+def image_paths(datastore: Datastore) -> dict[str, Path]:
+    """Every image that is there now, by id; a local store looks at the disk again."""
+    if isinstance(datastore, LocalDatastore) and not isinstance(datastore, DICOMWebDatastore):
+        datastore.refresh()
+    paths = {
+        image_id: Path(datastore.get_image_uri(image_id)) for image_id in datastore.list_images()
+    }
+    return {image_id: path for image_id, path in sorted(paths.items()) if path.exists()}

@@ -1,0 +1,335 @@
+"""Infer task `refseg`: a request becomes a checked `SegmentRequest`, a segmentation a file."""
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import HTTPException
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from lib.datastore import find_by_path
+from lib.errors import ImageError, LabelError, RefSegError, RequestError
+from lib.imaging.formats import PICTURES, WRITABLE, extension_of
+from lib.imaging.io import ImageVolume, read_image, write_label_map
+from lib.runtime import ListLabels, Runtime, progress_logger
+from lib.segmenter import Options, Segmentation
+from lib.settings import parse_axis, parse_window
+
+logger = logging.getLogger(__name__)
+
+MAX_REFERENCES = 16  # named in the answer for each label
+NOTHING = {"background": 0}  # 3D Slicer drops this name; an empty dict it would take for "all"
+
+
+@dataclass(frozen=True)
+class SegmentRequest:
+    """A request, checked.
+
+    Attributes:
+        path: the image's file or DICOM folder.
+        prompt: labels asked for, as names or as numbers of `/info`; empty: all.
+        options: how to segment.
+        extension: of the result's file; empty: as the image's.
+        compress: pack the result's file.
+        write: whether a file is wanted at all.
+        largest: the largest value that the wanted dtype holds.
+        info_numbers: number labels as `/info` does, with gaps where a label is not answered. OHIF
+            reads them so, while 3D Slicer takes value i for the i-th name.
+    """
+
+    path: Path
+    prompt: tuple[str | int, ...]
+    options: Options
+    extension: str
+    compress: bool
+    write: bool
+    largest: int
+    info_numbers: bool
+
+    @classmethod
+    def parse(cls, request: Mapping[str, Any], defaults: Options) -> "SegmentRequest":
+        """Check every value that is used; keys of the platform and of other tasks are let pass.
+
+        Raises:
+            RequestError: a value is not allowed; the message says what is.
+        """
+        window = request.get("window")
+        return cls(
+            path=Path(str(request["image"])),
+            prompt=_prompt(request.get("label_prompt")),
+            options=Options(
+                k=_whole(request, "k", defaults.k, 1, 64),
+                cap_per_case=_whole(request, "cap_per_case", defaults.cap_per_case, 0, 64),
+                own_labels=_truth(request, "own_labels", defaults.own_labels),
+                window=parse_window(_joined(window)) if window else defaults.window,
+                axis=parse_axis(str(request.get("axis") or "auto")),
+            ),
+            extension=_extension(request.get("result_extension")),
+            compress=_truth(request, "result_compress", True),
+            write=_truth(request, "result_write_to_file", True),
+            largest=_largest(request.get("result_dtype")),
+            info_numbers="restore_label_idx" in request,
+        )
+
+
+class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
+    """Segments an image by the labelled images of the datastore."""
+
+    def __init__(self, runtime: Runtime, list_labels: ListLabels) -> None:
+        """Nothing is loaded here.
+
+        Args:
+            runtime: networks and bank.
+            list_labels: the datastore's final labels, as they are now.
+        """
+        defaults = runtime.options
+        super().__init__(
+            InferType.SEGMENTATION,
+            {},
+            3,
+            "Segments by reference to the images that are labelled already",
+            {
+                "k": defaults.k,
+                "cap_per_case": defaults.cap_per_case,
+                "own_labels": defaults.own_labels,
+            },
+        )
+        self._runtime = runtime
+        self._list_labels = list_labels
+        self._numbers: dict[str, int] = {}
+
+    def is_valid(self) -> bool:
+        """Always: what is missing is said in the answer to a request."""
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """What `/info` shows; asked for at every request, so it never waits and never raises."""
+        engine = self._runtime.loaded
+        found: dict[str, Any] = super().info()
+        found["labels"] = self._numbered(self._runtime.known_labels())
+        found["segmenter"] = engine.segmenter.name if engine else self._runtime.settings.segmenter
+        found["embedder"] = engine.embedder.name if engine else self._runtime.settings.embedder
+        found["loaded"] = engine is not None
+        return found
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Answer one request with a file and what is to be known of it.
+
+        Raises:
+            HTTPException: 404, 422 or 503 with a sentence that a person can act upon.
+        """
+        if not request.get("image"):
+            raise HTTPException(404, "The image is not in the datastore. Look at GET /datastore/.")
+        try:
+            with self._runtime.busy():
+                return self._answer(SegmentRequest.parse(request, self._runtime.options))
+        except (RequestError, ImageError, LabelError) as error:
+            raise HTTPException(422, str(error)) from error
+        except RefSegError as error:  # weights or bank: the server's owner has to mend it
+            raise HTTPException(503, str(error)) from error
+        except HTTPException:
+            raise
+        except Exception as error:
+            mark = uuid.uuid4().hex[:8]
+            logger.exception("request %s failed", mark)
+            msg = f"RefSeg failed ({type(error).__name__}); the server's log tells more at {mark}."
+            raise HTTPException(500, msg) from error
+
+    def _answer(self, wanted: SegmentRequest) -> tuple[str | None, dict[str, Any]]:
+        start = time.perf_counter()
+        image = read_image(wanted.path)
+        extension = _result_extension(wanted, image)
+        read = time.perf_counter()
+        labelled, report = self._runtime.sync(self._list_labels)
+        synced = time.perf_counter()
+        numbers = self._numbered(self._runtime.known_labels())
+        names = _chosen(wanted.prompt, numbers)
+        found = self._runtime.engine.segment(
+            image,
+            self._runtime.bank,
+            labels=names,
+            options=wanted.options,
+            own=find_by_path(labelled, str(wanted.path)),
+            on_progress=progress_logger(f"segmenting {wanted.path.name}"),
+        )
+        values = {name: value for value, name in enumerate(found.labels, start=1)}
+        if wanted.info_numbers:
+            values = {name: numbers[name] for name in found.labels}
+        if max(values.values(), default=0) > wanted.largest:
+            msg = f"{len(values)} labels do not fit result_dtype; ask for uint16 or fewer labels."
+            raise RequestError(msg)
+        written = time.perf_counter()
+        file = _write(found, values, image, extension, wanted.compress) if wanted.write else None
+        end = time.perf_counter()
+        seconds = {"read": read - start, "sync": synced - read, **found.seconds}
+        seconds |= {"write": end - written, "total": end - start}
+        params = self._params(found, values, seconds)
+        params["warnings"] = [
+            f"The label of {image_id} is not used: {why}" for image_id, why in report.failed
+        ]
+        logger.info(
+            "segmented %d slices by %s: %d labels, %d own slices, %.2f s%s",
+            found.slices,
+            params["segmenter"],
+            len(found.labels),
+            found.own_slices,
+            end - start,
+            f" ({found.message})" if found.message else "",
+        )
+        return file, params
+
+    def _params(
+        self, found: Segmentation, values: Mapping[str, int], seconds: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """The answer's JSON."""
+        engine, bank = self._runtime.engine, self._runtime.bank
+        version = bank.version
+        return {
+            "label_names": dict(values) or NOTHING,
+            "confidence": dict(found.confidence),
+            "references": {
+                name: [
+                    {
+                        "image": used.key.image_id,
+                        "axis": used.key.axis,
+                        "slice": used.key.index,
+                        "similarity": round(used.similarity, 4),
+                        "slices": used.slices,
+                    }
+                    for used in rows[:MAX_REFERENCES]
+                ]
+                for name, rows in found.references.items()
+            },
+            "slices": found.slices,
+            "own_slices": found.own_slices,
+            "latencies": {stage: round(value, 4) for stage, value in seconds.items()},
+            "segmenter": engine.segmenter.name,
+            "embedder": engine.embedder.name,
+            "bank": {"generation": version.generation, "fingerprint": version.fingerprint},
+            "message": found.message,
+        }
+
+    def _numbered(self, names: Sequence[str]) -> dict[str, int]:
+        """Name -> number of `/info`. A name keeps its number while the server runs.
+
+        OHIF asks `/info` once and reads all later results by it, so a label that turns up later
+        must not shift the others.
+        """
+        for name in names:
+            self._numbers.setdefault(name, len(self._numbers) + 1)
+        return dict(self._numbers)
+
+
+def _chosen(prompt: Sequence[str | int], numbers: Mapping[str, int]) -> tuple[str, ...]:
+    """Names asked for, in the order of their numbers; all, if none is asked for."""
+    by_number = {number: name for name, number in numbers.items()}
+    asked = set()
+    for entry in prompt:
+        name = by_number.get(entry) if isinstance(entry, int) else entry
+        if name not in numbers:
+            known = ", ".join(f"{number} {name}" for name, number in numbers.items()) or "none yet"
+            msg = f"label_prompt {entry!r} is no label here; known are: {known}."
+            raise RequestError(msg)
+        asked.add(name)
+    return tuple(name for name in numbers if name in asked or not asked)
+
+
+def _write(
+    found: Segmentation,
+    values: Mapping[str, int],
+    image: ImageVolume,
+    extension: str,
+    compress: bool,
+) -> str:
+    """Write to a temporary file, which the endpoint deletes once it is sent."""
+    lookup = np.array([0, *(values[name] for name in found.labels)], np.int32)
+    with tempfile.NamedTemporaryFile(prefix="refseg-", suffix=extension, delete=False) as file:
+        path = Path(file.name)
+    write_label_map(path, lookup[found.label_map], image, compress=compress)
+    return str(path)
+
+
+def _result_extension(wanted: SegmentRequest, image: ImageVolume) -> str:
+    """The extension asked for, or one like the image's own that loses nothing."""
+    allowed = [e for e in WRITABLE if image.kind == "picture" or e not in PICTURES]
+    if wanted.extension:
+        if wanted.extension not in allowed:
+            msg = (
+                f"result_extension {wanted.extension!r} is not possible for a {image.kind}; "
+                f"allowed are {', '.join(allowed)}."
+            )
+            raise RequestError(msg)
+        return wanted.extension
+    own = extension_of(image.path)
+    if own in allowed:
+        return own
+    return ".png" if image.kind == "picture" else ".nii.gz"
+
+
+def _prompt(value: Any) -> tuple[str | int, ...]:
+    entries = value.split(",") if isinstance(value, str) else value or []
+    if not isinstance(entries, list | tuple):
+        entries = [entries]
+    prompt: list[str | int] = []
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, int | str):
+            msg = f"label_prompt {entry!r} is neither a label's name nor its number."
+            raise RequestError(msg)
+        text = str(entry).strip()
+        prompt += [int(text)] if text.isdecimal() else [text] if text else []
+    return tuple(prompt)
+
+
+def _whole(request: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
+    value = request.get(key)
+    if value is None or value == "":
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(value, bool) or number != round(number, 0) or not low <= number <= high:
+        msg = f"{key} {value!r} is not allowed; it is a whole number from {low} to {high}."
+        raise RequestError(msg)
+    return int(number)
+
+
+def _truth(request: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = request.get(key)
+    if value is None or value == "":
+        return default
+    text = str(value).lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    msg = f"{key} {value!r} is not allowed; it is true or false."
+    raise RequestError(msg)
+
+
+def _joined(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _extension(value: Any) -> str:
+    text = str(value or "").strip().lower()
+    return text if not text or text.startswith(".") else f".{text}"
+
+
+def _largest(value: Any) -> int:
+    if value in (None, ""):
+        return int(np.iinfo(np.uint16).max)
+    try:
+        dtype = np.dtype(str(value))
+    except TypeError:
+        dtype = np.dtype("O")
+    if dtype.kind not in "iu":
+        msg = f"result_dtype {value!r} is not allowed; label maps are uint8 or uint16."
+        raise RequestError(msg)
+    return min(int(np.iinfo(dtype).max), int(np.iinfo(np.uint16).max))

@@ -1,0 +1,304 @@
+"""One process's working set: networks, bank and pool, built when first needed and kept in step."""
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import ImageError, RefSegError
+from lib.imaging.io import read_image
+from lib.memory.bank import MemoryBank
+from lib.memory.pool import EmbeddingPool
+from lib.memory.records import SyncReport
+from lib.segmenter import Options, Progress, ReferenceEngine
+from lib.settings import RefSegSettings
+from lib.types import FloatArray, LabelledImage, Reference
+
+logger = logging.getLogger(__name__)
+
+ListLabels = Callable[[], Sequence[LabelledImage]]
+LOG_EVERY_SECONDS = 5.0
+
+
+class Runtime:
+    """Builds networks, bank and pool once, on first use, and brings the bank up to date.
+
+    Locks, in the order in which they are taken: `_sync_lock` (one sync at a time; a request that
+    needs the bank waits here for one that runs in the background), `_build_lock` (building).
+    """
+
+    def __init__(self, settings: RefSegSettings, *, bank_root: Path, studies: str) -> None:
+        """Nothing is loaded and nothing is written yet.
+
+        Args:
+            settings: options.
+            bank_root: folder of the banks, where the settings name none.
+            studies: folder or URL of the datastore; each has a bank of its own.
+        """
+        self.settings = settings
+        self.folder = (settings.bank or bank_root) / studies_name(studies)
+        self._sync_lock = threading.RLock()
+        self._build_lock = threading.RLock()
+        self._engine: ReferenceEngine | None = None
+        self._bank: MemoryBank | None = None
+        self._pool: EmbeddingPool | None = None
+        self._worker_lock = threading.Lock()
+        self._worker: threading.Thread | None = None
+        self._waiting: ListLabels | None = None
+        self._cold = False
+        self._embedding: threading.Thread | None = None
+        self._unreadable: dict[str, tuple[str, int]] = {}
+        self._requests = 0
+        self._idle = threading.Event()
+        self._idle.set()
+
+    @property
+    def options(self) -> Options:
+        """The settings' defaults for a request."""
+        chosen = self.settings
+        return Options(k=chosen.k, cap_per_case=chosen.cap_per_case, own_labels=chosen.own_labels)
+
+    @property
+    def engine(self) -> ReferenceEngine:
+        """The networks, loaded on first use.
+
+        Raises:
+            WeightsError: the chosen networks' weights are not there; the message says what to do.
+        """
+        with self._build_lock:
+            if self._engine is None:
+                from lib.models.build import build_embedder, build_segmenter
+
+                chosen, start = self.settings, time.perf_counter()
+                segmenter = build_segmenter(
+                    chosen.segmenter,
+                    weights=chosen.weights,
+                    device=chosen.device,
+                )
+                embedder = build_embedder(
+                    chosen.embedder,
+                    segmenter,
+                    weights=chosen.weights,
+                    device=chosen.device,
+                )
+                self._engine = ReferenceEngine(
+                    segmenter,
+                    embedder,
+                    annotation=chosen.annotation,
+                    window=chosen.window,
+                    axis=chosen.axis_index,
+                    batch=chosen.batch,
+                )
+                seconds = time.perf_counter() - start
+                logger.info("loaded %s and %s in %.1f s", segmenter.name, embedder.name, seconds)
+            return self._engine
+
+    @property
+    def loaded(self) -> ReferenceEngine | None:
+        """The networks if they are loaded already: for `/info`, which must not wait for them."""
+        return self._engine
+
+    def known_labels(self) -> tuple[str, ...]:
+        """Labels by option, else those in the bank; neither waits for networks nor raises."""
+        if self.settings.labels:
+            return self.settings.labels
+        try:
+            return tuple(sorted(self._bank.labels())) if self._bank is not None else ()
+        except RefSegError as error:
+            logger.error("the bank's labels cannot be told: %s", error)
+            return ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that a stored reference depends on, but the label and the image."""
+        engine, chosen = self.engine, self.settings
+        parts = (
+            engine.segmenter.fingerprint,
+            engine.embedder.fingerprint,
+            chosen.annotation,
+            chosen.window,
+            chosen.axis,
+        )
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+        return f"{engine.segmenter.name}-{engine.embedder.name}-{digest}"
+
+    @property
+    def bank(self) -> MemoryBank:
+        """The memory bank, opened on first use."""
+        with self._build_lock:
+            if self._bank is None:
+                self._bank = MemoryBank(self.folder, self.fingerprint, self._references_of)
+            return self._bank
+
+    @property
+    def pool(self) -> EmbeddingPool:
+        """The embeddings of unlabelled images, opened on first use."""
+        with self._build_lock:
+            if self._pool is None:
+                self._pool = EmbeddingPool(self.folder, self.fingerprint)
+            return self._pool
+
+    def sync(self, list_labels: ListLabels) -> tuple[list[LabelledImage], SyncReport]:
+        """Bring the bank up to date with the datastore; waits for one that runs already.
+
+        Returns:
+            the labelled images as listed, and what was done.
+        """
+        with self._sync_lock:
+            labels = list(list_labels())
+            report = self.bank.sync(labels)
+        for image_id, reason in report.failed:
+            logger.warning("label of %s teaches nothing: %s", image_id, reason)
+        if report.changed:
+            logger.info(
+                "bank: %d added, %d updated, %d renamed, %d removed (generation %d)",
+                *map(len, (report.added, report.updated, report.renamed, report.removed)),
+                report.generation,
+            )
+        return labels, report
+
+    def sync_soon(self, list_labels: ListLabels, *, warm: bool = False) -> None:
+        """Sync in the background and return at once; never raises.
+
+        One thread works for all: a call that comes while it works makes it look once more.
+
+        Args:
+            list_labels: the datastore's labels as they are then.
+            warm: run the networks once, too.
+        """
+        with self._worker_lock:
+            self._waiting = list_labels
+            self._cold = self._cold or warm
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="refseg-sync", daemon=True)
+                self._worker.start()
+
+    def pool_embeddings(
+        self, paths: Mapping[str, Path], *, first: Collection[str] = (), seconds: float
+    ) -> dict[str, FloatArray]:
+        """Embeddings of the datastore's images, computed once and kept.
+
+        What is missing is computed for so long, one image at least, and then in the background.
+
+        Args:
+            paths: image id -> file, of all images.
+            first: ids to compute before the others.
+            seconds: how long to compute within this call.
+
+        Returns:
+            id -> (M, E) of the images that are embedded by now.
+        """
+        deadline = time.monotonic() + seconds
+        known = self.pool.known(paths)
+        missing = sorted(paths.keys() - known, key=lambda name: (name not in first, name))
+        fresh = 0
+        while missing and (not fresh or time.monotonic() < deadline):
+            image_id = missing.pop(0)
+            if self._embed(image_id, paths[image_id]):
+                known.add(image_id)
+                fresh += 1
+        if missing:
+            self._embed_soon({image_id: paths[image_id] for image_id in missing})
+        ids = sorted(known)
+        vectors, owners = self.pool.gather(ids)
+        return {ids[owner]: vectors[owners == owner] for owner in np.unique(owners)}
+
+    def _embed(self, image_id: str, path: Path) -> bool:
+        """Make sure of one image's embeddings; False where it cannot be read."""
+        mark = (str(path), path.stat().st_mtime_ns if path.exists() else 0)
+        if self._unreadable.get(image_id) == mark:
+            return False
+        try:
+            if self.pool.get(image_id, path) is None:
+                self.pool.put(image_id, path, self.engine.embed_image(read_image(path)))
+        except (ImageError, OSError) as error:
+            logger.warning("%s is not compared with the others: %s", image_id, error)
+            self._unreadable[image_id] = mark
+            return False
+        return True
+
+    def _embed_soon(self, paths: Mapping[str, Path]) -> None:
+        with self._worker_lock:
+            if self._embedding is None:
+                self._embedding = threading.Thread(
+                    target=self._embed_all, args=(paths,), name="refseg-pool", daemon=True
+                )
+                self._embedding.start()
+
+    def _embed_all(self, paths: Mapping[str, Path]) -> None:
+        try:
+            for image_id, path in paths.items():
+                self._idle.wait()  # a person who waits for a mask comes first
+                self._embed(image_id, path)
+        except Exception:
+            logger.exception("the comparison of unlabelled images ended early")
+        finally:
+            with self._worker_lock:
+                self._embedding = None
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While a request is answered, background work on the pool pauses between images."""
+        with self._worker_lock:
+            self._requests += 1
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            with self._worker_lock:
+                self._requests -= 1
+                if not self._requests:
+                    self._idle.set()
+
+    def warm_up(self) -> None:
+        """Load the networks and run them once, so that the first request need not wait."""
+        engine = self.engine
+        engine.segmenter.encode([np.zeros((engine.segmenter.size, engine.segmenter.size), "f4")])
+
+    def _work(self) -> None:
+        while True:
+            with self._worker_lock:
+                list_labels, self._waiting = self._waiting, None
+                cold, self._cold = self._cold, False
+                if list_labels is None:
+                    self._worker = None
+                    return
+            try:
+                if cold:
+                    self.warm_up()
+                self.sync(list_labels)
+            except RefSegError as error:
+                logger.error("the bank could not be brought up to date: %s", error)
+            except Exception:
+                logger.exception("the bank could not be brought up to date")
+
+    def _references_of(self, labelled: LabelledImage) -> Iterator[Reference]:
+        progress = progress_logger(f"learning {labelled.image_id}")
+        return self.engine.references_of(labelled, on_progress=progress)
+
+
+def progress_logger(what: str) -> Progress:
+    """A callback that logs "what: 40 of 120 slices" every few seconds, and nothing if quick."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_SECONDS and done < total:
+            last = now
+            logger.info("%s: %d of %d slices", what, done, total)
+
+    return report
+
+
+def studies_name(studies: str) -> str:
+    """A folder name for a datastore: its last part, made harmless, and a digest of the whole."""
+    last = studies.rstrip("/").rsplit("/", 1)[-1]
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.")[:40]
+    return f"{slug or 'studies'}-{hashlib.sha256(studies.encode()).hexdigest()[:8]}"

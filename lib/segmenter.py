@@ -1,0 +1,413 @@
+"""The engine: volume -> slices -> references -> label map, and label map -> references.
+
+It knows pictures, memories and matches, and nothing of servers or datastores.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lib.annotation import Annotation, put_back, read_annotation
+from lib.errors import RequestError
+from lib.imaging.io import ImageVolume, read_image
+from lib.imaging.slices import assemble, cut, cut_labels, through_plane_axis
+from lib.memory.bank import MemoryBank
+from lib.models.protocol import Embedder, ReferenceSegmenter
+from lib.types import (
+    Features,
+    FloatArray,
+    IntArray,
+    LabelledImage,
+    Match,
+    Prediction,
+    Reference,
+    SliceKey,
+)
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+POOL_SLICES = 5  # slices that stand for one image in the pool: ends say little, so inner ones
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one image is segmented; the same names as in `RefSegSettings`.
+
+    Attributes:
+        k: references for each slice.
+        cap_per_case: at most so many references of one case; 0: no limit.
+        own_labels: the image's own labelled slices are references and come back unchanged.
+        window: (low, high) intensities, or None for robust percentiles.
+        axis: canonical axis that is cut along, or None for the coarsest.
+    """
+
+    k: int = 8
+    cap_per_case: int = 0
+    own_labels: bool = True
+    window: tuple[float, float] | None = None
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class UsedReference:
+    """A reference that voted for a label: its highest similarity, and for how many slices."""
+
+    key: SliceKey
+    similarity: float
+    slices: int
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A segmented image.
+
+    Attributes:
+        label_map: (I, J, K) int32 on the canonical grid; value v is `labels[v - 1]`.
+        labels: the labels that references knew, in the order asked for.
+        confidence: expected Dice of each label in 0..1: mask quality times presence times
+            similarity of the references, averaged over the area found; 0 where nothing was found.
+        references: for each label the references used, nearest first.
+        seconds: time by stage.
+        slices: number of slices.
+        own_slices: slices that the user had labelled, given back as they were.
+        message: what a person should know; empty when all is as expected.
+    """
+
+    label_map: IntArray
+    labels: tuple[str, ...]
+    confidence: Mapping[str, float]
+    references: Mapping[str, tuple[UsedReference, ...]]
+    seconds: Mapping[str, float]
+    slices: int
+    own_slices: int
+    message: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _OwnSlices:
+    """The labelled slices of the image to be segmented; none, if it has or may use none.
+
+    Attributes:
+        image_id: whose references `MemoryBank.nearest` must leave out, since they are here.
+        labels: names that these slices know, of those to be found.
+        keys: the slices.
+        embeddings: (M, E) unit float32.
+    """
+
+    image_id: str | None
+    labels: tuple[str, ...]
+    keys: tuple[SliceKey, ...]
+    embeddings: FloatArray
+
+    def nearest(self, queries: FloatArray, k: int) -> list[list[Match]]:
+        if not self.keys:
+            return [[] for _ in queries]
+        similarity = queries @ self.embeddings.T  # (N, M)
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        return [
+            [Match(self.keys[column], float(row[column])) for column in columns]
+            for row, columns in zip(similarity, order, strict=True)
+        ]
+
+
+@dataclass(eq=False)
+class _Tally:
+    """Sums over slices from which confidence and used references are told."""
+
+    area: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    belief: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    used: dict[str, dict[SliceKey, tuple[float, int]]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+
+    def note(self, label: str, matches: Sequence[Match]) -> None:
+        for match in matches:
+            best, count = self.used[label].get(match.key, (-1.0, 0))
+            self.used[label][match.key] = (max(best, match.similarity), count + 1)
+
+    def references(self, label: str) -> tuple[UsedReference, ...]:
+        rows = [UsedReference(key, *value) for key, value in self.used[label].items()]
+        return tuple(sorted(rows, key=lambda row: (-row.similarity, row.key)))
+
+
+class Stopwatch:
+    """Seconds by stage; `with watch("encode"): ...` adds to that stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class ReferenceEngine:
+    """Makes references of labelled images and segments images by them.
+
+    Thread-safe, since the networks are: they lock one batch of slices at a time, so that a request
+    never waits for a whole volume of somebody else's.
+    """
+
+    def __init__(
+        self,
+        segmenter: ReferenceSegmenter,
+        embedder: Embedder,
+        *,
+        annotation: Literal["partial", "complete"] = "partial",
+        window: tuple[float, float] | None = None,
+        axis: int | None = None,
+        batch: int = 8,
+    ) -> None:
+        self.segmenter = segmenter
+        self.embedder = embedder
+        self._annotation = annotation
+        self._window = window
+        self._axis = axis
+        self._batch = batch
+
+    # -- labelled image -> references ---------------------------------------------------------
+
+    def references_of(
+        self, labelled: LabelledImage, *, on_progress: Progress | None = None
+    ) -> Iterator[Reference]:
+        """Make the references of one labelled image: one for each annotated slice.
+
+        Raises:
+            ImageError: the image cannot be read.
+            LabelError: the label map does not fit the image.
+        """
+        image = read_image(labelled.image_path)
+        annotation = read_annotation(labelled, image, rule=self._annotation, axis=self._axis)
+        pictures = cut(image, annotation.axis, self._window)
+        maps = cut_labels(annotation.label_map, annotation.axis)  # (N, H, W)
+        names = tuple(sorted(annotation.labels))
+        numbers = torch.tensor([annotation.values.get(name, -1) for name in names])
+        for chunk in _chunks(annotation.slices, self._batch):
+            images = [pictures[index] for index in chunk]
+            features, embeddings = self._encode_and_embed(images)
+            for index, feature, embedding in zip(chunk, features, embeddings, strict=True):
+                drawn = torch.from_numpy(np.ascontiguousarray(maps[index]))
+                masks = drawn == numbers[:, None, None]  # (L, H, W)
+                memory = self.segmenter.remember(feature, masks)
+                here = masks.flatten(1).any(1).tolist()
+                present = frozenset(name for name, yes in zip(names, here, strict=True) if yes)
+                yield Reference(
+                    key=SliceKey(labelled.image_id, annotation.axis, index),
+                    embedding=embedding,
+                    present=present,
+                    absent=annotation.labels - present,
+                    memory=memory,
+                )
+            if on_progress is not None:
+                on_progress(annotation.slices.index(chunk[-1]) + 1, len(annotation.slices))
+
+    def embed_image(self, image: ImageVolume) -> FloatArray:
+        """Embed a few inner slices, evenly spread -> (M, E) unit float32, M <= POOL_SLICES."""
+        pictures = cut(image, through_plane_axis(image, self._axis), self._window)
+        count = min(POOL_SLICES, len(pictures))
+        indices = [int((n + 0.5) * len(pictures) / count) for n in range(count)]
+        return self._encode_and_embed([pictures[index] for index in indices])[1]
+
+    # -- image -> segmentation ----------------------------------------------------------------
+
+    def segment(
+        self,
+        image: ImageVolume,
+        bank: MemoryBank,
+        *,
+        labels: Sequence[str] = (),
+        options: Options | None = None,
+        own: LabelledImage | None = None,
+        on_progress: Progress | None = None,
+    ) -> Segmentation:
+        """Segment an image by the bank's references.
+
+        Args:
+            image: as read.
+            bank: in step with the datastore.
+            labels: names to find, in the order of their values; empty: all that the bank knows.
+            options: see `Options`.
+            own: the image's own final label, if it has one. Its annotated slices come back as they
+                are, or, with `own_labels=False`, are kept from being references.
+            on_progress: called with (slices done, slices in all).
+        """
+        options = options or Options()
+        if any(count > 1 for count in map(list(labels).count, labels)):
+            msg = f"a label is asked for twice: {', '.join(labels)}; name each once."
+            raise RequestError(msg)
+        known = set(bank.labels())
+        names = tuple(name for name in (labels or sorted(known)) if name in known)
+        unknown = tuple(name for name in labels if name not in known)
+        axis = through_plane_axis(image, options.axis if options.axis is not None else self._axis)
+        pictures = cut(image, axis, options.window or self._window)
+        watch = Stopwatch()
+        tally = _Tally()
+        height, width = pictures[0].shape[:2]
+        result = np.zeros((len(pictures), height, width), np.int32)
+        annotation = (
+            read_annotation(own, image, rule=self._annotation, axis=self._axis)
+            if own is not None and options.own_labels
+            else None
+        )
+        todo: Sequence[int] = range(len(pictures)) if names else ()
+        if annotation is not None and annotation.axis == axis and annotation.labels >= set(names):
+            todo = [index for index in todo if index not in set(annotation.slices)]
+        own_slices = _own_slices(bank, own, names, annotation)
+        done = 0
+        for chunk in _chunks(todo, self._batch):
+            images = [pictures[index] for index in chunk]
+            with watch("encode"):
+                features, embeddings = self._encode_and_embed(images)
+            with watch("retrieve"):
+                groups = self._matches(bank, embeddings, names, options, own_slices)
+            for row, index in enumerate(chunk):
+                result[index] = self._segment_slice(
+                    bank, features[row], groups[row], names, (height, width), tally, watch
+                )
+            done += len(chunk)
+            if on_progress is not None:
+                on_progress(done, len(todo))
+        with watch("merge"):
+            label_map = assemble(result, axis)
+            if annotation is not None:
+                label_map = put_back(label_map, annotation, names)
+        return Segmentation(
+            label_map=label_map,
+            labels=names,
+            confidence={
+                name: round(tally.belief[name] / tally.area[name], 4) if tally.area[name] else 0.0
+                for name in names
+            },
+            references={name: tally.references(name) for name in names},
+            seconds=watch.seconds,
+            slices=len(pictures),
+            own_slices=len(annotation.slices) if annotation is not None else 0,
+            message=_message(names, unknown),
+        )
+
+    def _encode_and_embed(self, images: Sequence[FloatArray]) -> tuple[list[Features], FloatArray]:
+        """Encode and embed a batch; each slice is encoded once."""
+        features = self.segmenter.encode(images)
+        return features, self.embedder.embed(images, features)
+
+    def _matches(
+        self,
+        bank: MemoryBank,
+        embeddings: FloatArray,
+        names: Sequence[str],
+        options: Options,
+        own: _OwnSlices,
+    ) -> list[list[Match]]:
+        """The references of each slice: the image's own first, then the most similar of others."""
+        cap = options.cap_per_case or None
+        first = own.nearest(embeddings, options.k)
+        left = options.k - len(first[0])
+        rest = [name for name in names if name not in own.labels]
+        wanted = [(names, left)] if not own.keys else [(own.labels, left), (rest, options.k)]
+        found: list[dict[SliceKey, Match]] = [{m.key: m for m in matches} for matches in first]
+        for labels, k in wanted:
+            if labels and k > 0:
+                others = bank.nearest(
+                    embeddings, k, labels=labels, exclude_image=own.image_id, cap_per_case=cap
+                )
+                for row, matches in zip(found, others, strict=True):
+                    row.update((match.key, match) for match in matches)
+        return [list(row.values()) for row in found]
+
+    def _segment_slice(
+        self,
+        bank: MemoryBank,
+        features: Features,
+        matches: Sequence[Match],
+        names: tuple[str, ...],
+        shape: tuple[int, int],
+        tally: _Tally,
+        watch: Stopwatch,
+    ) -> IntArray:
+        """One slice -> (H, W) int32, value v is `names[v - 1]`."""
+        if not matches:
+            return np.zeros(shape, np.int32)
+        with watch("load"):
+            memories, known = bank.load([match.key for match in matches], names)
+        asked = known.any(0)  # a label that none of these references knows stays undecided here
+        rows = torch.nonzero(asked).flatten()
+        with watch("segment"):
+            if not bool(asked.all()):
+                memories = [replace(memory, labels=memory.labels[rows]) for memory in memories]
+                known = known[:, rows]
+            prediction = self.segmenter.segment(features, memories, known)
+        with watch("merge"):
+            values = merge(prediction.scores, shape)  # (H, W), 0 or row + 1
+            lookup = np.concatenate([[0], rows.numpy() + 1]).astype(np.int32)
+            _tally_slice(tally, prediction, values, [names[row] for row in rows], matches, known)
+            return lookup[values]
+
+
+def merge(scores: torch.Tensor, shape: tuple[int, int]) -> IntArray:
+    """Let labels compete pixel by pixel: (L, S, S) scores -> (H, W) int32, 0 or label row + 1."""
+    full = torch.nn.functional.interpolate(
+        scores[None].float(), size=shape, mode="bilinear", align_corners=False
+    )[0]
+    best, row = full.max(0)
+    return torch.where(best > 0, row + 1, 0).to(torch.int32).cpu().numpy()
+
+
+def _tally_slice(
+    tally: _Tally,
+    prediction: Prediction,
+    values: IntArray,
+    names: Sequence[str],
+    matches: Sequence[Match],
+    known: torch.Tensor,
+) -> None:
+    areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
+    for row, name in enumerate(names):
+        voters = [match for match, knows in zip(matches, known[:, row], strict=True) if knows]
+        tally.note(name, voters)
+        similarity = max(0.0, max(match.similarity for match in voters))
+        belief = float(prediction.quality[row]) * float(prediction.presence[row]) * similarity
+        tally.area[name] += int(areas[row])
+        tally.belief[name] += int(areas[row]) * min(1.0, belief)
+
+
+def _own_slices(
+    bank: MemoryBank,
+    own: LabelledImage | None,
+    names: Sequence[str],
+    annotation: Annotation | None,
+) -> _OwnSlices:
+    nothing = np.zeros((0, 0), np.float32)
+    if own is None or annotation is None or not annotation.labels & set(names):
+        return _OwnSlices(own.image_id if own else None, (), (), nothing)
+    keys, embeddings = bank.embeddings()
+    rows = [row for row, key in enumerate(keys) if key.image_id == own.image_id]
+    labels = tuple(name for name in names if name in annotation.labels) if rows else ()
+    return _OwnSlices(own.image_id, labels, tuple(keys[row] for row in rows), embeddings[rows])
+
+
+def _message(names: Sequence[str], unknown: Sequence[str]) -> str:
+    if not names and not unknown:
+        return "No labelled image yet: label this one first and submit it; the next are segmented."
+    if not names:
+        return f"No reference for {', '.join(unknown)} yet: label it on one image and submit it."
+    if unknown:
+        return f"No reference for {', '.join(unknown)} yet; segmented: {', '.join(names)}."
+    return ""
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
