@@ -17,6 +17,7 @@ from lib.errors import MemoryStoreError
 from lib.memory import ledger
 from lib.memory.catalogue import Catalogue, fingerprint_folder
 from lib.memory.records import BankStatus, BankVersion, LabelCount, SyncReport
+from lib.memory.signature import SETTLED_S
 from lib.memory.store import DamagedFileError, MemoryFiles
 from lib.memory.sync import Encode, Synchronizer
 from lib.memory.view import Entry, View, embedding_matrix
@@ -40,6 +41,7 @@ class MemoryBank:
         encode: makes the references of one labelled image; may be a generator. What it raises as
             `RefSegError` or `OSError` is remembered as that image's failure.
         lock_timeout_s: how long to wait for another process that encodes the same image.
+        settled_s: a file that changed less than this ago is hashed whatever its times say.
         cache_bytes: of memories kept in RAM after they were read.
         exact_up_to: references beyond which the index becomes approximate; None is its default.
         gpu: whether the index searches on a GPU; None if there is one.
@@ -56,6 +58,7 @@ class MemoryBank:
         encode: Encode,
         *,
         lock_timeout_s: float = 600.0,
+        settled_s: float = SETTLED_S,
         cache_bytes: int = 512 << 20,
         exact_up_to: int | None = None,
         gpu: bool | None = None,
@@ -73,7 +76,12 @@ class MemoryBank:
             self._folder / "catalogue.sqlite", ledger.SCHEMA, fingerprint, on_new=self._recover
         )
         self._synchronizer = Synchronizer(
-            self._folder, self._catalogue, self._files, encode, lock_timeout_s=lock_timeout_s
+            self._folder,
+            self._catalogue,
+            self._files,
+            encode,
+            lock_timeout_s=lock_timeout_s,
+            settled_s=settled_s,
         )
         options = {} if exact_up_to is None else {"exact_up_to": exact_up_to}
         self._view = View(partial(VectorIndex, gpu=gpu, **options))

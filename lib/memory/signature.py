@@ -16,12 +16,13 @@ from lib.types import LabelledImage
 
 # Time stamps tick: a file written twice within one tick looks unchanged. A file changed so shortly
 # before it was looked at gets a signature that equals nothing, and is hashed again next time.
-_SETTLED_NS = 2_000_000_000
+# Two seconds are the coarsest tick of a file system in use (FAT).
+SETTLED_S = 2.0
 _CHUNK = 1 << 20
 UNSETTLED = ""
 
 
-def file_signature(path: Path) -> str:
+def file_signature(path: Path, settled_s: float = SETTLED_S) -> str:
     """Signature of a file, or of all files in a DICOM folder; "" if they changed just now.
 
     Raises:
@@ -35,7 +36,7 @@ def file_signature(path: Path) -> str:
         parts.append(
             f"{name}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
         )
-    if newest > time.time_ns() - _SETTLED_NS:
+    if newest > time.time_ns() - settled_s * 1e9:
         return UNSETTLED
     return parts[0] if len(parts) == 1 else _digest("\n".join(parts))
 
@@ -58,7 +59,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def signature(label: LabelledImage) -> str:
+def signature(label: LabelledImage, settled_s: float = SETTLED_S) -> str:
     """Cheap signature of image, label and names; "" (equal to nothing) if they changed just now.
 
     A missing file has a signature too, so that its absence is noticed once.
@@ -66,7 +67,7 @@ def signature(label: LabelledImage) -> str:
     parts = [str(label.image_path), str(label.label_path), names_text(label.label_names)]
     for path in (label.image_path, label.label_path):
         try:
-            part = file_signature(path)
+            part = file_signature(path, settled_s)
         except OSError as error:
             part = f"unreadable {error.errno}"
         if part == UNSETTLED:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Encode = Callable[[LabelledImage], Iterable[Reference]]
 
-RETIRED_KEPT_S = 600.0
+RETIRED_KEPT_S = 3600.0
 _ATTEMPTS = 3
 
 
@@ -50,6 +50,7 @@ class Synchronizer:
         files: its memories.
         encode: makes the references of one labelled image, lazily if it likes.
         lock_timeout_s: how long to wait for another process that encodes the same image.
+        settled_s: a file that changed less than this ago is hashed whatever its times say.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Synchronizer:
         encode: Encode,
         *,
         lock_timeout_s: float,
+        settled_s: float,
     ) -> None:
         self._locks = folder / "locks"
         self._staging = folder / "staging"
@@ -67,13 +69,16 @@ class Synchronizer:
         self._files = files
         self._encode = encode
         self._lock_timeout_s = lock_timeout_s
+        self._settled_s = settled_s
 
     def run(
         self, labels: Sequence[LabelledImage], *, complete: bool, again: bool = False
     ) -> SyncReport:
         """See `MemoryBank.sync`; `again` encodes all of them whatever is known."""
         wanted = {label.image_id: label for label in labels}
-        signatures = {image_id: signature(label) for image_id, label in wanted.items()}
+        signatures = {
+            image_id: signature(label, self._settled_s) for image_id, label in wanted.items()
+        }
         with self._catalogue.read() as connection:
             before = ledger.live_records(connection)
         stale = [
@@ -85,7 +90,7 @@ class Synchronizer:
             or before[image_id].signature != signatures[image_id]
         ]
         gone = [image_id for image_id in before if complete and image_id not in wanted]
-        seen = [_look(wanted[image_id]) for image_id in stale]
+        seen = [self._look(wanted[image_id]) for image_id in stale]
         known_as: dict[str, str] = {}
         if seen or gone:
             todo = self._decide(seen, gone, known_as, again=again)
@@ -163,7 +168,7 @@ class Synchronizer:
                 message = f"memories cannot be written to {staging.parent}: {full.strerror}"
                 message += "; free disk space or name another"
                 raise MemoryStoreError(message) from full
-            now = _look(seen.label)
+            now = self._look(seen.label)
             settled = now.content == seen.content
             seen = now
             if settled:
@@ -179,6 +184,14 @@ class Synchronizer:
             self._files.publish(names, staging)
             ledger.insert(connection, replace(seen, error=error), slices)
         shutil.rmtree(staging, ignore_errors=True)
+
+    def _look(self, label: LabelledImage) -> Sighting:
+        """See what a labelled image is now. The signature is older than the content: safe."""
+        cheap = signature(label, self._settled_s)
+        try:
+            return Sighting(label, cheap, content(label))
+        except OSError as error:
+            return Sighting(label, cheap, "", _sentence(error))
 
     def _references(self, label: LabelledImage) -> Iterator[Reference]:
         try:
@@ -230,15 +243,6 @@ class Synchronizer:
             failed=tuple((i, after[i].error or "") for i in failed),
             generation=generation,
         )
-
-
-def _look(label: LabelledImage) -> Sighting:
-    """See what a labelled image is now. The signature is older than the content: safe."""
-    cheap = signature(label)
-    try:
-        return Sighting(label, cheap, content(label))
-    except OSError as error:
-        return Sighting(label, cheap, "", _sentence(error))
 
 
 def _sentence(error: OSError) -> str:
