@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import numpy as np
+from monailabel.client.client import MONAILabelClientException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -38,7 +39,8 @@ def main() -> int:
         try:
             played = play(study, console)
         except ServerError as error:
-            console.print(f"[red]{error}[/red]", markup=True, highlight=False)
+            console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            console.print("The demo has failed; the server is stopped.", style="red")
             return 1
         console.print(table(study, played))
         rows += chosen(study, played)
@@ -84,9 +86,9 @@ def play(study: Study, console: Console) -> list[Round]:
                 for one in rounds(study, url, folder, on_step):
                     played.append(one)
                     console.print(round_line(one))
-            except Exception:
-                console.print(log_tail(log), markup=False, highlight=False)
-                raise
+            except (MONAILabelClientException, RuntimeError, OSError) as error:
+                msg = f"{error}\n{log_tail(log)}"
+                raise ServerError(msg) from error
             bar.update(task, completed=steps(study), description="stop the server")
     return played
 
@@ -152,4 +154,8 @@ def _numbers(answer: Answer) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped, and the server too.")
+        sys.exit(130)
