@@ -1,6 +1,5 @@
 """SAM 2's network from the `sam2` package's own YAML, without Hydra's global state."""
 
-import hashlib
 import importlib.util
 import threading
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from lib.errors import RequestError, WeightsError
+from lib.models.weights import state_digest
 
 CONFIGS = {
     f"{release}-{size}": f"configs/{release}/{release}_hiera_{letter}.yaml"
@@ -113,16 +113,6 @@ def random_network(variant: str, *, size: int, seed: int) -> Sam2Network:
         torch.manual_seed(seed)
         module = build_module(variant, size=size)
     return Sam2Network(module, variant, size, state_digest(module.state_dict()))
-
-
-def state_digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, types and values, independent of the file's format."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _package_folder() -> Path:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lib.errors import WeightsError
 from lib.models.known_weights import KNOWN, KnownWeights, WeightFile
 
@@ -193,6 +195,16 @@ def list_known(folder: Path | None = None) -> tuple[WeightsRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def state_digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values, independent of the file's format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _known(name: str) -> KnownWeights:
