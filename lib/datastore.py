@@ -1,8 +1,10 @@
 """MONAI Label's datastore as RefSeg sees it: final labels, images, and who was given what."""
 
+import hashlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +15,8 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
+from lib.errors import RefSegError
+from lib.imaging.volumes import is_dicom, read_dicom_folder, write_nifti
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -44,14 +48,22 @@ def _locked(name: str) -> Any:
 
 
 class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untyped
-    """MONAI Label's folder of studies, safe to be read while it looks at the disk again.
+    """MONAI Label's folder of studies, with DICOM folders, and safe to be read at any time.
 
     The platform's watcher thread empties the table of images and fills it again; a request that
     reads in between finds no image. Here each call holds one lock, so that no call sees that.
+
+    A subfolder with DICOM files is one image. Clients can load files only, so they are given a
+    NIfTI copy, made when it is first asked for; the studies folder itself is not written to.
+
+    Args:
+        folder: images; labels below `labels/`.
+        copies: folder for the NIfTI copies.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, copies: Path) -> None:
         self.lock = threading.RLock()
+        self._copies = copies
         super().__init__(
             folder,
             extensions=extensions(),
@@ -59,11 +71,71 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
             read_only=platform.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
 
+    def get_image_uri(self, image_id: str) -> str:
+        """The image's file; of a DICOM folder its copy, or the folder where none can be made."""
+        source = self.source(image_id)
+        if not source or not Path(source).is_dir():
+            return source
+        try:
+            return str(self._copy(Path(source)))
+        except (RefSegError, OSError) as error:
+            logger.warning("DICOM folder %s has no NIfTI copy: %s", image_id, error)
+            return source
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """As the platform's, with the path that a client can load."""
+        with self.lock:
+            info: dict[str, Any] = super().get_image_info(image_id)
+        if "path" in info:
+            info["path"] = self.get_image_uri(image_id)
+        return info
+
+    def source(self, image_id: str) -> str:
+        """The file or DICOM folder itself; "" where there is no such image."""
+        with self.lock:
+            return str(super().get_image_uri(image_id))
+
+    def _copy(self, folder: Path) -> Path:
+        looks = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+        mark = hashlib.sha256(repr(looks).encode()).hexdigest()[:16]
+        target = self._copies / f"{folder.name}-{mark}.nii.gz"
+        if not target.exists():
+            volume = read_dicom_folder(folder)
+            if volume.values.ndim > 3:  # color has no place in a NIfTI that all clients read
+                return folder
+            self._copies.mkdir(parents=True, exist_ok=True)
+            beside = target.with_name(f".{uuid.uuid4().hex}.nii.gz")
+            try:
+                write_nifti(beside, volume)
+                beside.replace(target)
+            finally:
+                beside.unlink(missing_ok=True)
+        return target
+
+    def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
+        """Names of image files, and of subfolders with DICOM files."""
+        files: dict[str, str] = super()._list_files(path, patterns)
+        if Path(path) == Path(self._datastore.image_path()):
+            for folder in Path(path).iterdir():
+                if folder.is_dir() and folder.name != self._datastore.labels_dir:
+                    first = sorted(file for file in folder.iterdir() if file.is_file())[:3]
+                    if any(is_dicom(file) for file in first):
+                        files[folder.name] = folder.name
+        return files
+
+    def _to_id(self, file: str) -> tuple[str, str]:
+        """Id and extension. A DICOM folder's name is its id: UIDs are full of dots."""
+        if (Path(self._datastore.image_path()) / file).is_dir():
+            return file, ""
+        image_id, extension = super()._to_id(file)
+        # the platform removes the extension wherever it occurs in the name
+        if extension and file.endswith(extension):
+            image_id = file[: -len(extension)]
+        return image_id, extension
+
     refresh = _locked("refresh")
     _init_from_datastore_file = _locked("_init_from_datastore_file")
     datalist = _locked("datalist")
-    get_image_uri = _locked("get_image_uri")
-    get_image_info = _locked("get_image_info")
     get_label_uri = _locked("get_label_uri")
     get_labels_by_image_id = _locked("get_labels_by_image_id")
     get_label_info = _locked("get_label_info")
@@ -168,7 +240,6 @@ def image_paths(datastore: Datastore) -> dict[str, Path]:
     """Every image that is there now, by id; a local store looks at the disk again."""
     if isinstance(datastore, LocalDatastore) and not isinstance(datastore, DICOMWebDatastore):
         datastore.refresh()
-    paths = {
-        image_id: Path(datastore.get_image_uri(image_id)) for image_id in datastore.list_images()
-    }
-    return {image_id: path for image_id, path in sorted(paths.items()) if path.exists()}
+    find = datastore.source if isinstance(datastore, StudiesDatastore) else datastore.get_image_uri
+    paths = {image_id: Path(find(image_id)) for image_id in sorted(datastore.list_images())}
+    return {image_id: path for image_id, path in paths.items() if path.exists()}

@@ -61,7 +61,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         """A folder with more kinds of files than the platform's default, or a remote store."""
         if self.studies.startswith(("http://", "https://")):
             return super().init_datastore()
-        return StudiesDatastore(self.studies)
+        return StudiesDatastore(self.studies, copies=self._runtime.folder / "copies")
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task, whatever the networks."""
