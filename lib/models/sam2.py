@@ -332,8 +332,8 @@ class Sam2Segmenter:
         logits = F.interpolate(
             logits, size=(self.size, self.size), mode="bilinear", align_corners=False
         )
-        # a mask is worth its expected Dice if the label is there; an empty one, if it is not
-        quality = torch.where(present, presence * 2 * iou / (1 + iou), 1 - presence)
+        # a mask is worth its Dice, given that the label is there; an empty one, if it is not
+        quality = torch.where(present, 2 * iou / (1 + iou), 1 - presence)
         return logits[:, 0].cpu(), presence.cpu(), quality.cpu()
 
     def _memory_tokens(self, rows: Tensor, recent: dict[int, Tensor]) -> tuple[Tensor, Tensor, int]:
