@@ -49,7 +49,8 @@ class Slices(Sequence[FloatArray]):
         """Make one picture, or the list of several."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        plane = np.take(self._voxels, range(len(self))[index], axis=self._axis)
+        # Not np.take: it copies the whole volume where axes are turned.
+        plane = self._voxels[(slice(None),) * self._axis + (range(len(self))[index],)]
         # Canonical axes grow to L, P, I: the transposed plane has the later axis as rows.
         return np.ascontiguousarray(to_grey(plane.swapaxes(0, 1), self._grey))
 

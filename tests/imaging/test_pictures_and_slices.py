@@ -1,5 +1,6 @@
 """2D pictures as arrays, the cutting axis, and the grey of slices."""
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -158,6 +159,17 @@ def test_slices_are_a_sequence(tmp_path):
     np.testing.assert_array_equal(np.stack(pictures[1:4:2]), np.stack([pictures[1], pictures[3]]))
     with pytest.raises(IndexError):
         pictures[5]
+
+
+def test_one_slice_of_a_large_volume_is_made_without_copying_the_volume(tmp_path):
+    image = volume(tmp_path, np.zeros((160, 160, 160), np.int16))
+    for axis in range(3):
+        pictures = cut(image, axis)
+        tracemalloc.start()
+        assert pictures[80].shape == (160, 160)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < image.voxels.nbytes / 10
 
 
 def test_outliers_do_not_darken_a_volume(tmp_path):
