@@ -59,15 +59,16 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
     Args:
         folder: images; labels below `labels/`.
         copies: folder for the NIfTI copies.
+        watch: look for changes on the disk all the time, as a server does.
     """
 
-    def __init__(self, folder: str, *, copies: Path) -> None:
+    def __init__(self, folder: str, *, copies: Path, watch: bool = True) -> None:
         self.lock = threading.RLock()
         self._copies = copies
         super().__init__(
             folder,
             extensions=extensions(),
-            auto_reload=platform.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            auto_reload=watch and platform.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=platform.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
 

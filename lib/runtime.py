@@ -46,6 +46,7 @@ class Runtime:
         self._sync_lock = threading.RLock()
         self._build_lock = threading.RLock()
         self._engine: ReferenceEngine | None = None
+        self._plans: tuple[str, str] | None = None
         self._bank: MemoryBank | None = None
         self._pool: EmbeddingPool | None = None
         self._worker_lock = threading.Lock()
@@ -80,6 +81,9 @@ class Runtime:
                     chosen.segmenter,
                     weights=chosen.weights,
                     device=chosen.device,
+                    sam2_variant=chosen.sam2_variant,
+                    sam2_version=chosen.sam2_version,
+                    sam2_size=int(chosen.sam2_size),
                 )
                 embedder = build_embedder(
                     chosen.embedder,
@@ -99,10 +103,29 @@ class Runtime:
                 logger.info("loaded %s and %s in %.1f s", segmenter.name, embedder.name, seconds)
             return self._engine
 
-    @property
-    def loaded(self) -> ReferenceEngine | None:
-        """The networks if they are loaded already: for `/info`, which must not wait for them."""
-        return self._engine
+    def names(self) -> tuple[str, str]:
+        """Segmenter and embedder in use, or that will be: known without loading, never raises."""
+        engine, chosen = self._engine, self.settings
+        if engine is not None:
+            return engine.segmenter.name, engine.embedder.name
+        if self._plans is None:
+            from lib.models.build import plan_embedder, plan_segmenter
+
+            try:
+                segmenter = plan_segmenter(
+                    chosen.segmenter,
+                    weights=chosen.weights,
+                    device=chosen.device,
+                    sam2_variant=chosen.sam2_variant,
+                    sam2_version=chosen.sam2_version,
+                )
+                embedder = plan_embedder(chosen.embedder, weights=chosen.weights)
+            except RefSegError as error:
+                logger.error("no segmenter can be chosen: %s", error)
+                self._plans = (chosen.segmenter, chosen.embedder)
+            else:
+                self._plans = (segmenter.name, embedder.name)
+        return self._plans
 
     def known_labels(self) -> tuple[str, ...]:
         """Labels by option, else those in the bank; neither waits for networks nor raises."""
@@ -135,6 +158,10 @@ class Runtime:
             if self._bank is None:
                 self._bank = MemoryBank(self.folder, self.fingerprint, self._references_of)
             return self._bank
+
+    def use_bank(self, folder: Path) -> None:
+        """Use the bank in this folder as it is, whatever datastore it was made from."""
+        self.folder = folder
 
     @property
     def pool(self) -> EmbeddingPool:

@@ -110,12 +110,9 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
 
     def info(self) -> dict[str, Any]:
         """What `/info` shows; asked for at every request, so it never waits and never raises."""
-        engine = self._runtime.loaded
         found: dict[str, Any] = super().info()
         found["labels"] = self._numbered(self._runtime.known_labels())
-        found["segmenter"] = engine.segmenter.name if engine else self._runtime.settings.segmenter
-        found["embedder"] = engine.embedder.name if engine else self._runtime.settings.embedder
-        found["loaded"] = engine is not None
+        found["segmenter"], found["embedder"] = self._runtime.names()
         return found
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
