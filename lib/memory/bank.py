@@ -16,9 +16,10 @@ import torch
 from lib.errors import MemoryStoreError
 from lib.memory import ledger
 from lib.memory.catalogue import Catalogue, fingerprint_folder
+from lib.memory.reading import DamagedFileError, Reader
 from lib.memory.records import BankStatus, BankVersion, LabelCount, SyncReport
 from lib.memory.signature import SETTLED_S
-from lib.memory.store import DamagedFileError, MemoryFiles
+from lib.memory.store import MemoryFiles
 from lib.memory.sync import Encode, Synchronizer
 from lib.memory.view import Entry, View, embedding_matrix
 from lib.retrieval.index import VectorIndex
@@ -174,27 +175,22 @@ class MemoryBank:
         """
         memories = []
         known = torch.zeros((len(keys), len(labels)), dtype=torch.bool)
-        for row, entry in enumerate(self._find(keys)):
-            memory, flags = self._load_one(entry, labels)
-            memories.append(memory)
-            known[row] = torch.tensor(flags, dtype=torch.bool)
+        with self._files.reading() as reader:
+            for row, entry in enumerate(self._find(keys)):
+                memory, flags = self._load_one(reader, entry, labels)
+                memories.append(memory)
+                known[row] = torch.tensor(flags, dtype=torch.bool)
         return memories, known
 
     def references(self, keys: Sequence[SliceKey]) -> list[Reference]:
         """References whole, memories with rows for all labels that they know."""
         found = []
-        for entry in self._find(keys):
-            stored = entry.stored
-            memory, _ = self._load_one(entry, stored.labels)
-            found.append(
-                Reference(
-                    key=entry.key,
-                    embedding=stored.embedding,
-                    present=frozenset(stored.present),
-                    absent=frozenset(stored.absent),
-                    memory=memory,
-                )
-            )
+        with self._files.reading() as reader:
+            for entry in self._find(keys):
+                stored = entry.stored
+                memory, _ = self._load_one(reader, entry, stored.labels)
+                known, here = frozenset(stored.labels), frozenset(stored.present)
+                found.append(Reference(entry.key, stored.embedding, here, known - here, memory))
         return found
 
     def own_slices(self, image_id: str) -> list[SliceKey]:
@@ -285,23 +281,28 @@ class MemoryBank:
             raise MemoryStoreError(message)
         return [entry for entry in entries if entry is not None]
 
-    def _load_one(self, entry: Entry, labels: Sequence[str]) -> tuple[Memory, list[bool]]:
+    def _load_one(
+        self, reader: Reader, entry: Entry, labels: Sequence[str]
+    ) -> tuple[Memory, list[bool]]:
         try:
-            return self._files.load(entry.stored, labels)
+            return reader.load(entry.stored, labels)
         except DamagedFileError as error:
-            logger.warning("%s: put aside, its image is encoded again", error)
-            self._mend(error.file)
+            self._mend(error)
         try:
-            return self._files.load(self._find([entry.key])[0].stored, labels)
+            with self._files.reading() as fresh:
+                return fresh.load(self._find([entry.key])[0].stored, labels)
         except DamagedFileError as error:
             message = f"the memory of {entry.key} is lost ({error}); run `bank rebuild`"
             raise MemoryStoreError(message) from error
 
-    def _mend(self, file: str) -> None:
+    def _mend(self, damage: DamagedFileError) -> None:
         with self._catalogue.write() as connection:
-            self._files.put_aside(file)
-            records = ledger.disown(connection, file)
-        self.sync([record.label() for record in records], complete=False)
+            if self._files.reason_damaged(damage.file) is None:
+                return  # another thread has mended it
+            logger.warning("%s: put aside, its image is encoded again", damage)
+            self._files.put_aside(damage.file)
+            records = ledger.disown(connection, damage.file)
+        self._synchronizer.run([record.label() for record in records], complete=False)
 
     def _disown_missing(self) -> None:
         """Once per process: files that somebody deleted are made again by the sync that follows."""

@@ -99,6 +99,8 @@ class Catalogue:
                 self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
         except sqlite3.OperationalError as error:
+            if not self.path.parent.is_dir():
+                raise  # deleted under our feet: `renew_if_damaged` mends that
             message = f"{self.path} cannot be opened: {error}"
             message += "; check the folder and its permissions"
             raise MemoryStoreError(message) from error
@@ -112,7 +114,7 @@ class Catalogue:
             except sqlite3.OperationalError as error:
                 _roll_back(connection)
                 if "no such table" in str(error):
-                    raise  # emptied under our feet: `renew_if_damaged` mends that
+                    raise  # emptied under our feet: the same
                 message = f"{self.path} cannot be used: {error}"
                 advice = "end the process that holds it, or make room and the folder writable"
                 message += f"; {advice}"

@@ -114,14 +114,15 @@ def generation(connection: sqlite3.Connection) -> int:
 
 
 def retire(connection: sqlite3.Connection, record: Record) -> None:
-    """Take a row out of what counts. A failed one has nothing to keep."""
-    if record.error is None:
+    """Take a row out of what counts. One that failed or whose file is lost has nothing to keep."""
+    if record.error is None and record.content:
         connection.execute(
             "UPDATE images SET removed_at = ? WHERE id = ?", (time.time(), record.row)
         )
-        next_generation(connection)
     else:
         connection.execute("DELETE FROM images WHERE id = ?", (record.row,))
+    if record.error is None:
+        next_generation(connection)
 
 
 def refresh_signature(connection: sqlite3.Connection, record: Record, seen: Sighting) -> None:

@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS embeddings (
     signature TEXT NOT NULL,
     content TEXT NOT NULL,
     slices INTEGER NOT NULL,
+    size INTEGER NOT NULL,
     dtype TEXT NOT NULL,
     data BLOB NOT NULL
 );
@@ -53,7 +54,7 @@ class EmbeddingPool:
         looks = _looks(path)
         if looks is None:
             return None
-        columns = "signature, content, slices, dtype, data"
+        columns = "signature, content, slices, size, dtype, data"
         row = self._read(
             lambda c: c.execute(
                 f"SELECT {columns} FROM embeddings WHERE image_id = ?", (image_id,)
@@ -73,7 +74,7 @@ class EmbeddingPool:
                 return None
         self._write(
             lambda c: c.execute(
-                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (image_id, str(path), looks, *row[1:]),
             )
         )
@@ -96,13 +97,13 @@ class EmbeddingPool:
             str(path),
             file_signature(path),
             file_digest(path),
-            len(array),
+            *array.shape,
             array.dtype.name,
             np.ascontiguousarray(array).tobytes(),
         )
         self._write(
             lambda c: c.execute(
-                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?)", values
+                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
             )
         )
 
@@ -136,7 +137,7 @@ class EmbeddingPool:
                 part = image_ids[start : start + _AT_ONCE]
                 marks = ", ".join("?" * len(part))
                 for image_id, *row in connection.execute(
-                    "SELECT image_id, slices, dtype, data FROM embeddings "
+                    "SELECT image_id, slices, size, dtype, data FROM embeddings "
                     f"WHERE image_id IN ({marks})",
                     part,
                 ):
@@ -187,5 +188,5 @@ def _all(connection: sqlite3.Connection, query: str) -> list[tuple[str, str]]:
     return connection.execute(query).fetchall()
 
 
-def _array(slices: int, dtype: str, data: bytes) -> FloatArray:
-    return np.frombuffer(data, dtype=dtype).reshape(slices, -1).astype(np.float32)
+def _array(slices: int, size: int, dtype: str, data: bytes) -> FloatArray:
+    return np.frombuffer(data, dtype=dtype).reshape(slices, size).astype(np.float32)

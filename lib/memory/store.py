@@ -1,4 +1,4 @@
-"""Memories on disk: safetensors files named by their content, read lazily through a bounded cache.
+"""Memories on disk: safetensors files named by their content, published and swept as a whole.
 
 A labelled image becomes one file, or several where its memories are large: a writer holds at most
 about `SHARD_BYTES` of them at a time.
@@ -7,33 +7,22 @@ about `SHARD_BYTES` of them at a time.
 import hashlib
 import logging
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lib.memory.packing import Shard, StoredSlice, pack, split, unpack
-from lib.types import Memory, Reference
+from lib.memory.reading import Reader, TensorCache
+from lib.types import Reference
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 << 20
 SUFFIX = ".safetensors"
 _CHUNK = 1 << 20
-
-
-class DamagedFileError(Exception):
-    """A file of memories is missing or not what its name says."""
-
-    def __init__(self, file: str, reason: str) -> None:
-        super().__init__(f"{file}{SUFFIX}: {reason}")
-        self.file = file
 
 
 class MemoryFiles:
@@ -47,7 +36,7 @@ class MemoryFiles:
     def __init__(self, folder: Path, *, cache_bytes: int) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._cache = _Cache(cache_bytes)
+        self._cache = TensorCache(cache_bytes)
 
     def path(self, file: str) -> Path:
         """Where a file of this name lies."""
@@ -86,6 +75,7 @@ class MemoryFiles:
 
     def publish(self, names: Sequence[str], staging: Path) -> None:
         """Move staged files into place. To be called inside the catalogue's write transaction."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             (staging / f"{name}{SUFFIX}").replace(self.path(name))
         if names:
@@ -103,27 +93,14 @@ class MemoryFiles:
                 swept += 1
         return swept
 
-    def load(self, item: StoredSlice, labels: Sequence[str]) -> tuple[Memory, list[bool]]:
-        """The memory of a slice with one row per label, and which labels it knows.
-
-        Raises:
-            DamagedFileError: its file is missing or not readable.
-        """
-        row_of = dict(zip(item.labels, item.rows, strict=True))
-        known = [label in row_of for label in labels]
-        with _Opened(self.path(item.file), item) as opened:
-            image = self._cache.get((item.file, item.position, -1), opened.image)
-            found = {
-                row: self._cache.get((item.file, item.position, row), partial(opened.row, row))
-                for row in {row_of[label] for label in labels if label in row_of}
-            }
-            if found:
-                blank = torch.zeros_like(next(iter(found.values())))
-            else:
-                blank = opened.blank()
-        rows = [found[row_of[label]] if label in row_of else blank for label in labels]
-        stacked = torch.stack(rows) if rows else blank.new_zeros((0, *blank.shape))
-        return Memory(image=image, labels=stacked), known
+    @contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """A reader that keeps files open from one reference to the next."""
+        reader = Reader(self.path, self._cache)
+        try:
+            yield reader
+        finally:
+            reader.close()
 
     def reason_damaged(self, file: str) -> str | None:
         """Why a file is not what its name says, or None; reads all of it."""
@@ -168,75 +145,6 @@ class MemoryFiles:
             if sorted(parts) == list(range(len(parts))) and ordered[-1].is_last:
                 whole[content] = [item for shard in ordered for item in shard.slices]
         return whole
-
-
-class _Opened:
-    """A file that is opened only if something has to be read from it."""
-
-    def __init__(self, path: Path, item: StoredSlice) -> None:
-        self._path = path
-        self._item = item
-        self._handle: Any = None
-
-    def __enter__(self) -> "_Opened":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._handle is not None:
-            self._handle.__exit__(None, None, None)
-
-    def image(self) -> torch.Tensor:
-        return self._read(lambda handle: handle.get_tensor(f"{self._item.position}.image").clone())
-
-    def row(self, row: int) -> torch.Tensor:
-        name = f"{self._item.position}.labels"
-        return self._read(lambda handle: handle.get_slice(name)[row].clone())
-
-    def blank(self) -> torch.Tensor:
-        name = f"{self._item.position}.labels"
-
-        def zeros(handle: Any) -> torch.Tensor:
-            part = handle.get_slice(name)[0:0]
-            return part.new_zeros(part.shape[1:])
-
-        return self._read(zeros)
-
-    def _read(self, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        try:
-            if self._handle is None:
-                self._handle = safe_open(self._path, framework="pt", device="cpu").__enter__()
-            return read(self._handle)
-        except (SafetensorError, OSError) as error:
-            raise DamagedFileError(self._item.file, str(error)) from error
-
-
-class _Cache:
-    """Tensors by key, at most so many bytes, least recently used out first; thread-safe."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._held = 0
-        self._tensors: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, int, int], read: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with self._lock:
-            if key in self._tensors:
-                self._tensors.move_to_end(key)
-                return self._tensors[key]
-        tensor = read()
-        with self._lock:
-            if key not in self._tensors and tensor.nbytes <= self._limit:
-                self._tensors[key] = tensor
-                self._held += tensor.nbytes
-                while self._held > self._limit:
-                    self._held -= self._tensors.popitem(last=False)[1].nbytes
-        return tensor
-
-    def forget(self, file: str) -> None:
-        with self._lock:
-            for key in [key for key in self._tensors if key[0] == file]:
-                self._held -= self._tensors.pop(key).nbytes
 
 
 def _sync_folder(folder: Path) -> None:

@@ -145,7 +145,7 @@ class Synchronizer:
             except Timeout as error:
                 message = (
                     f"another process has been encoding {sighting.label.image_id!r} for more than "
-                    f"{self._lock_timeout_s:.0f} s; wait for it, or end it"
+                    f"{self._lock_timeout_s:g} s; wait for it, or end it"
                 )
                 raise MemoryStoreError(message) from error
 

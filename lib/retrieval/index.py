@@ -62,6 +62,12 @@ class VectorIndex:
         """Whether searches may miss a neighbour."""
         return self._trained_on > 0
 
+    def describe(self) -> str:
+        """What kind of index answers, for logs and reports."""
+        if not self.approximate:
+            return "exact inner product"
+        return f"IVF, {self._index.nprobe} of {self._index.nlist} lists probed"
+
     def add(self, ids: IdArray, vectors: FloatArray) -> None:
         """Add vectors (N, E) under new ids (N,)."""
         ids = np.ascontiguousarray(ids, dtype=np.int64)
@@ -199,12 +205,7 @@ class VectorIndex:
         ids, vectors = self._everything()
         self._index = _inverted(ids, vectors)
         self._trained_on = count
-        logger.info(
-            "index of %d vectors is approximate now: %d lists, %d probed",
-            count,
-            self._index.nlist,
-            self._index.nprobe,
-        )
+        logger.info("index of %d vectors: %s", count, self.describe())
 
 
 def _faiss() -> Any:

