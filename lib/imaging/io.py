@@ -159,6 +159,7 @@ def write_label_map(
 
     Raises:
         LabelError: wrong shape or numbers, or a format that cannot hold this image's label map.
+        OSError: the disk is full or the folder cannot be written to.
     """
     extension = extension_of(path)
     if extension not in WRITABLE or (extension in PICTURES and image.kind == "volume"):

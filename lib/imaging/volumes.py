@@ -155,7 +155,7 @@ def write_itk(path: Path, volume: Volume, *, compress: bool) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetDirection((affine[:dims, :dims] / spacing).ravel().tolist())
     image.SetOrigin(affine[:dims, 3].tolist())
-    SimpleITK.WriteImage(image, str(path), useCompression=compress)
+    _write(image, path, compress=compress)
 
 
 def write_itk_picture(path: Path, values: npt.NDArray[Any], *, compress: bool) -> None:
@@ -167,7 +167,18 @@ def write_itk_picture(path: Path, values: npt.NDArray[Any], *, compress: bool) -
     import SimpleITK
 
     image = SimpleITK.GetImageFromArray(np.ascontiguousarray(values.T))
-    SimpleITK.WriteImage(image, str(path), useCompression=compress)
+    _write(image, path, compress=compress)
+
+
+def _write(image: "SimpleITK.Image", path: Path, *, compress: bool) -> None:
+    import SimpleITK
+
+    try:
+        SimpleITK.WriteImage(image, str(path), useCompression=compress)
+    except RuntimeError as error:
+        # ITK's only type; what is left to fail here is the disk.
+        msg = f"{path.name} cannot be written: the folder is full or read-only."
+        raise OSError(msg) from error
 
 
 def _from_itk(path: Path, image: "SimpleITK.Image") -> Volume:

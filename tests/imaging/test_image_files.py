@@ -121,10 +121,13 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no voxels": (lambda d: written(d / "a.nii", nifti_header((4, 0, 3))), "is empty"),
     "huge .nii": (lambda d: written(d / "a.nii", nifti_header((32000,) * 3)), "claims 32000"),
     "huge .nii.gz": (lambda d: packed(d / "a.nii.gz", nifti_header((32000,) * 3)), "claims 32000"),
-    "lying .nii": (lambda d: written(d / "a.nii", nifti_header((1000,) * 3)), "cut off"),
-    "lying .nii.gz": (lambda d: packed(d / "a.nii.gz", nifti_header((1000,) * 3)), "cut off"),
+    "lying .nii": (lambda d: written(d / "a.nii", nifti_header((1000,) * 3)), "claims more voxels"),
+    "lying .nii.gz": (
+        lambda d: packed(d / "a.nii.gz", nifti_header((1000,) * 3)),
+        "claims more voxels",
+    ),
     "huge NRRD": (lambda d: written(d / "a.nrrd", HUGE_NRRD), "claims 100000"),
-    "lying NRRD": (lambda d: written(d / "a.nrrd", LYING_NRRD), "cut off"),
+    "lying NRRD": (lambda d: written(d / "a.nrrd", LYING_NRRD), "claims more voxels"),
     "huge MHA": (lambda d: written(d / "a.mha", HUGE_MHA), "claims 100000"),
     "NIfTI of no place": (
         lambda d: written(d / "a.nii", nifti_header((2, 2, 2))[:80] + bytes(280)),
