@@ -40,6 +40,7 @@ def save_weights(net: MatchSegNet, path: Path) -> str:
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()}
     beside = path.with_suffix(".part")
     save_file(tensors, beside, metadata={"config": json.dumps(asdict(net.config))})
+    beside.chmod(0o644)  # safetensors writes for the owner alone
     beside.replace(path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -1,0 +1,54 @@
+"""Contact sheets: image, reference, mask found and truth side by side, for people who look."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.types import FloatArray, IntArray
+
+# Okabe and Ito's palette: told apart by colour-blind readers, too.
+COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One picture (H, W) or (H, W, 3) in 0..1 with an optional label map (H, W) over it."""
+
+    title: str
+    picture: FloatArray
+    labels: IntArray | None = None
+
+
+def contact_sheet(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -> None:
+    """Write rows of panels as one PNG; labels are outlined and lightly filled."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = max(len(row) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(2.3 * columns, 2.5 * len(rows)), squeeze=False
+    )
+    for row, line in zip(rows, axes, strict=True):
+        for axis in line:
+            axis.axis("off")
+        for panel, axis in zip(row, line, strict=False):
+            axis.imshow(panel.picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(panel.title, fontsize=7)
+            for value in np.unique(panel.labels) if panel.labels is not None else ():
+                if value == 0:
+                    continue
+                color = COLORS[(int(value) - 1) % len(COLORS)]
+                mask = panel.labels == value
+                axis.contourf(mask, levels=[0.5, 1.5], colors=[color], alpha=0.25)
+                axis.contour(mask, levels=[0.5], colors=[color], linewidths=0.9)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=90, format="png")
+    plt.close(figure)
+    beside.replace(path)
