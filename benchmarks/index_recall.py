@@ -27,6 +27,8 @@ LATENT = 24
 
 
 class Row(NamedTuple):
+    """One line of the table."""
+
     index: str
     count: int
     build_s: float
@@ -37,7 +39,7 @@ class Row(NamedTuple):
 
 
 def volumes(count: int, size: int, seed: int) -> FloatArray:
-    """(count, size) unit vectors of slices; the mapping into `size` dimensions is the same always."""
+    """(count, size) unit vectors of slices, always mapped into `size` dimensions alike."""
     mapping = np.random.default_rng(0).standard_normal((LATENT, size))
     generator = np.random.default_rng(seed)
     starts = generator.standard_normal((count // SLICES_PER_VOLUME + 1, 1, LATENT))
@@ -55,6 +57,7 @@ def measure(
     truth: np.ndarray,
     build: Callable[[], tuple[Callable[[FloatArray], np.ndarray], str]],
 ) -> Row:
+    """Build an index, then time and judge its answers."""
     started = time.perf_counter()
     search, detail = build()
     built = time.perf_counter() - started
@@ -70,12 +73,15 @@ def measure(
 
 
 def ours(vectors: FloatArray, exact_up_to: int) -> tuple[Callable[[FloatArray], np.ndarray], str]:
+    """The bank's index; approximate if there are more vectors than `exact_up_to`."""
     index = VectorIndex(exact_up_to=exact_up_to, gpu=False)
-    index.add(np.arange(len(vectors)), vectors)
+    positions = np.arange(len(vectors))
+    index.add(positions, vectors, positions // SLICES_PER_VOLUME)
     return lambda queries: index.search(queries, RECALL_K)[1], index.describe()
 
 
 def hnsw(vectors: FloatArray) -> tuple[Callable[[FloatArray], np.ndarray], str]:
+    """FAISS's graph index, which the bank does not use."""
     index = faiss.IndexHNSWFlat(vectors.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction, index.hnsw.efSearch = 80, 128
     index.add(vectors)
@@ -83,6 +89,7 @@ def hnsw(vectors: FloatArray) -> tuple[Callable[[FloatArray], np.ndarray], str]:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[20_000, 100_000, 200_000])
     parser.add_argument("--dimensions", type=int, default=384)

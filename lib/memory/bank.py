@@ -40,7 +40,8 @@ class MemoryBank:
         folder: of all banks of one datastore; this one lives in a subfolder of its fingerprint.
         fingerprint: changes whenever stored references would no longer fit.
         encode: makes the references of one labelled image; may be a generator. What it raises as
-            `RefSegError` or `OSError` is remembered as that image's failure.
+            `RefSegError` or `OSError` is remembered as that image's failure until its files
+            change; after any other exception it is tried again at the next `sync`.
         lock_timeout_s: how long to wait for another process that encodes the same image.
         settled_s: a file that changed less than this ago is hashed whatever its times say.
         cache_bytes: of memories kept in RAM after they were read.

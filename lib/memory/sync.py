@@ -38,7 +38,15 @@ _ATTEMPTS = 3
 
 
 class _EncodingError(Exception):
-    """Raised for what `encode` raised, to tell it from errors of the disk that we write to."""
+    """`encode` failed, not the disk that we write to.
+
+    Attributes:
+        lasting: whether it would fail again with the same files; a lack of memory would not.
+    """
+
+    def __init__(self, sentence: str, *, lasting: bool) -> None:
+        super().__init__(sentence)
+        self.lasting = lasting
 
 
 class Synchronizer:
@@ -154,16 +162,18 @@ class Synchronizer:
             with self._catalogue.write() as connection:
                 if _settled(connection, seen, {}):
                     return
+        error: str | None = None
+        lasting = True
         for _ in range(_ATTEMPTS):
             shutil.rmtree(staging, ignore_errors=True)
-            error = None
+            error, lasting = None, True
             try:
                 slices, names = self._files.stage(
                     self._references(seen.label), seen.content, staging
                 )
-            except _EncodingError as wrapped:
+            except _EncodingError as failure:
                 slices, names = [], []
-                error = str(wrapped.__cause__) or type(wrapped.__cause__).__name__
+                error, lasting = str(failure), failure.lasting
             except OSError as full:
                 message = f"memories cannot be written to {staging.parent}: {full.strerror}"
                 message += "; free disk space or name another"
@@ -175,6 +185,8 @@ class Synchronizer:
                 break
         else:
             # It changes faster than it can be encoded: keep the last state, and look again soon.
+            lasting = False
+        if not lasting:
             seen = replace(seen, signature="", content="")
         if seen.error is not None:
             slices, names, error = [], [], seen.error
@@ -197,9 +209,14 @@ class Synchronizer:
         try:
             yield from self._encode(label)
         except RefSegError as error:
-            raise _EncodingError from error
+            raise _EncodingError(str(error), lasting=True) from error
         except OSError as error:
-            raise _EncodingError from LookupError(_sentence(error))
+            raise _EncodingError(_sentence(error), lasting=True) from error
+        except Exception as error:
+            # A fault of ours, or too little memory: the other images must not suffer for it.
+            logger.exception("%s could not be encoded", label.image_id)
+            sentence = f"it could not be encoded ({type(error).__name__}: {error}); see the log"
+            raise _EncodingError(sentence, lasting=False) from error
 
     @contextmanager
     def _alone_with(self, image_id: str, *, timeout_s: float) -> Iterator[Path]:

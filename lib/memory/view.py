@@ -93,6 +93,7 @@ class View:
     def _take(self, connection: sqlite3.Connection, images: dict[int, tuple[int, str]]) -> None:
         ids: list[int] = []
         vectors: list[FloatArray] = []
+        groups: list[int] = []
         for row, (generation, image_id) in images.items():
             by_key: dict[SliceKey, int] = {}
             for number, text, blob, file, position in connection.execute(
@@ -106,8 +107,11 @@ class View:
             self._images[row] = (generation, image_id, list(by_key.values()))
             self._by_image[image_id] = by_key
             ids += by_key.values()
+            groups += [row] * len(by_key)
         if ids:
-            self._index.add(np.array(ids, dtype=np.int64), np.stack(vectors))
+            self._index.add(
+                np.array(ids, dtype=np.int64), np.stack(vectors), np.array(groups, dtype=np.int64)
+            )
 
     def entries(self) -> Iterator[Entry]:
         """All references, in the order of their keys."""

@@ -2,7 +2,8 @@
 
 The approximate index is an inverted file (IVF, flat codes) and not HNSW: an annotator deletes and
 overwrites, and FAISS's HNSW cannot remove; IVF also searches a subset of ids without a detour. Its
-number of probed lists is not guessed but measured on the stored vectors until recall is reached.
+number of probed lists is not guessed but measured on the stored vectors until recall is reached,
+each asked for neighbors from other groups: in its own volume a slice finds twins in any index.
 `benchmarks/index_recall.py` prints recall and time.
 """
 
@@ -25,6 +26,7 @@ RECALL_K = 16
 _GROWTH_BEFORE_RETRAINING = 2.0
 _TRAINING_VECTORS_PER_LIST = 64
 _CALIBRATION_QUERIES = 512
+_CALIBRATION_GROUP = 1000
 
 
 class VectorIndex:
@@ -47,6 +49,7 @@ class VectorIndex:
         self._subset: tuple[bytes, Any] | None = None
         self._sorted: IdArray | None = None
         self._ids: set[int] = set()
+        self._groups: dict[int, int] = {}
         self._trained_on = 0
 
     def __len__(self) -> int:
@@ -68,8 +71,12 @@ class VectorIndex:
             return "exact inner product"
         return f"IVF, {self._index.nprobe} of {self._index.nlist} lists probed"
 
-    def add(self, ids: IdArray, vectors: FloatArray) -> None:
-        """Add vectors (N, E) under new ids (N,)."""
+    def add(self, ids: IdArray, vectors: FloatArray, groups: IdArray | None = None) -> None:
+        """Add vectors (N, E) under new ids (N,).
+
+        `groups` (N,) says which vectors belong together (slices of an image). It matters only to
+        how carefully an approximate index searches; None is each for itself.
+        """
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or len(ids) != len(vectors):
@@ -89,6 +96,9 @@ class VectorIndex:
                 raise ValueError(message)
             self._index.add_with_ids(vectors, ids)
             self._ids |= fresh
+            # Own groups count downwards from -1, where no image is.
+            own = -1 - ids if groups is None else groups
+            self._groups.update(zip(ids.tolist(), own.tolist(), strict=True))
             self._forget_derived()
             self._grow()
 
@@ -101,6 +111,8 @@ class VectorIndex:
             # An array selector is the only kind that an IVF with a hashed direct map can remove.
             self._index.remove_ids(_faiss().IDSelectorArray(np.array(sorted(gone), dtype=np.int64)))
             self._ids -= gone
+            for number in gone:
+                del self._groups[number]
             self._forget_derived()
             if self.approximate and len(self._ids) < self._exact_up_to // 2:
                 ids_left, vectors = self._everything()
@@ -203,7 +215,8 @@ class VectorIndex:
         if count <= self._exact_up_to or count < self._trained_on * _GROWTH_BEFORE_RETRAINING:
             return
         ids, vectors = self._everything()
-        self._index = _inverted(ids, vectors)
+        groups = np.array([self._groups[number] for number in ids.tolist()], dtype=np.int64)
+        self._index = _inverted(ids, vectors, groups)
         self._trained_on = count
         logger.info("index of %d vectors: %s", count, self.describe())
 
@@ -219,8 +232,8 @@ def _exact(size: int) -> Any:
     return _faiss().IndexIDMap2(_faiss().IndexFlatIP(size))
 
 
-def _inverted(ids: IdArray, vectors: FloatArray) -> Any:
-    """An IVF over all vectors whose probes give the recall that is wanted, measured on them."""
+def _inverted(ids: IdArray, vectors: FloatArray, groups: IdArray) -> Any:
+    """An IVF over all vectors that probes as many lists as the recall that is wanted takes."""
     faiss = _faiss()
     count, size = vectors.shape
     lists = int(np.clip(2 * np.sqrt(count), 16, 4096))
@@ -230,21 +243,32 @@ def _inverted(ids: IdArray, vectors: FloatArray) -> Any:
     training = min(count, lists * _TRAINING_VECTORS_PER_LIST)
     index.cp.max_points_per_centroid = _TRAINING_VECTORS_PER_LIST
     index.train(vectors[np.sort(generator.choice(count, training, replace=False))])
-    index.set_direct_map_type(faiss.DirectMap.Hashtable)
-    index.add_with_ids(vectors, ids)
+    index.add(vectors)  # by position, for the calibration
 
     sample = generator.choice(count, min(count, _CALIBRATION_QUERIES), replace=False)
+    largest = int(np.unique(groups, return_counts=True)[1].max())
+    k = min(count, RECALL_K + min(largest, _CALIBRATION_GROUP))
     exact = faiss.IndexFlatIP(size)
     exact.add(vectors)
-    k = min(count, RECALL_K + 1)  # a stored vector finds itself, which proves nothing
-    truth = ids[exact.search(vectors[sample], k)[1]]
+    truth = _outside(exact.search(vectors[sample], k)[1], groups, groups[sample])
     index.nprobe = min(4, lists)
     while index.nprobe < lists:
-        found = index.search(vectors[sample], k)[1]
-        hits = sum(
-            len(set(a) & set(b)) - 1 for a, b in zip(truth.tolist(), found.tolist(), strict=True)
-        )
-        if hits >= RECALL_TARGET * len(sample) * (k - 1):
+        found = _outside(index.search(vectors[sample], k)[1], groups, groups[sample])
+        hits = sum(len(a & b) for a, b in zip(truth, found, strict=True))
+        if hits >= RECALL_TARGET * sum(map(len, truth)):
             break
         index.nprobe = min(lists, int(np.ceil(index.nprobe * 1.4)))
+
+    index.reset()
+    index.set_direct_map_type(faiss.DirectMap.Hashtable)
+    index.add_with_ids(vectors, ids)
     return index
+
+
+def _outside(found: IdArray, groups: IdArray, own: IdArray) -> list[set[int]]:
+    """Of positions (Q, K), nearest first, the first that are not of the query's group (Q,)."""
+    answers = []
+    for row, group in zip(found, own, strict=True):
+        row = row[row >= 0]
+        answers.append(set(row[groups[row] != group][:RECALL_K].tolist()))
+    return answers

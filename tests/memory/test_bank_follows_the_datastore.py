@@ -12,9 +12,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lib.errors import MemoryStoreError
 from lib.memory.bank import MemoryBank
 from lib.types import LabelledImage
-from tests.memory.phantom_store import WORDS, CountingEncode, PhantomStore, difference, expected
+from tests.memory.phantom_store import (
+    WORDS,
+    CountingEncode,
+    PhantomStore,
+    difference,
+    expected,
+)
+from tests.memory.phantom_store import encode as encode_quickly
 
 IDS = st.sampled_from(["a", "b c", "d.e", "é%f", "g"])
 SEEDS = st.integers(0, 3)  # few, so that equal contents meet
@@ -246,6 +254,34 @@ def test_a_broken_label_fails_with_its_sentence_and_stops_no_other(store, bank, 
     assert bank.status().failed == ()
 
 
+def test_an_unexpected_error_stops_no_other_and_is_tried_again(tmp_path, store, caplog):
+    out_of_memory = ["two"]
+
+    def encode_or_not(label: LabelledImage):
+        if label.image_id in out_of_memory:
+            raise RuntimeError("out of memory")
+        yield from encode_quickly(label)
+
+    bank = MemoryBank(tmp_path / "bank", "f", encode_or_not, settled_s=SETTLED_S)
+    report = bank.sync(store.listing())
+    assert report.added == ("one", "three")
+    assert report.failed == (
+        ("two", "it could not be encoded (RuntimeError: out of memory); see the log"),
+    )
+    assert "could not be encoded" in caplog.text
+    out_of_memory.clear()
+    assert bank.sync(store.listing()).added == ("two",)
+
+
+def test_a_full_disk_is_the_banks_error_and_no_images_failure(tmp_path, store, monkeypatch):
+    bank = MemoryBank(tmp_path / "bank", "f", encode_quickly, settled_s=SETTLED_S)
+    (bank.folder / "staging").write_text("no folder can be made here")
+    with pytest.raises(MemoryStoreError, match="cannot be written.*free disk space"):
+        bank.sync(store.listing())
+    (bank.folder / "staging").unlink()
+    assert bank.sync(store.listing()).added == ("one", "three", "two")
+
+
 def test_a_vanished_file_fails_with_a_sentence_that_says_what_to_do(store, bank):
     listing = store.listing()
     store.image("one").unlink()
@@ -259,9 +295,7 @@ def test_a_label_that_changes_while_it_is_encoded_ends_up_right(tmp_path, store)
     calls = []
 
     def slow(label: LabelledImage):
-        from tests.memory.phantom_store import encode as quick
-
-        references = list(quick(label))
+        references = list(encode_quickly(label))
         if not calls:
             store.submit(label.image_id, 77)
         calls.append(label.image_id)
@@ -289,7 +323,6 @@ def test_a_dicom_folder_is_an_image(tmp_path, store, encode):
         (series / f"{number}.dcm").write_bytes(generator.bytes(50))
 
     def encode_folder(label: LabelledImage):
-        encode.log.write_text("".join(encode.log.read_text() if encode.log.exists() else ""))
         twin = LabelledImage(label.image_id, store.image("one"), label.label_path, WORDS)
         return encode(twin)
 

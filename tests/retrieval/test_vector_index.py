@@ -90,6 +90,23 @@ def test_recall_of_sixteen_is_at_least_99_percent(index, clustered):
     assert hits >= 0.99 * truth.size
 
 
+def test_recall_holds_for_slices_of_volumes_that_are_not_in_the_index():
+    generator = np.random.default_rng(7)
+    mapping = generator.standard_normal((8, 32))
+    walks = generator.standard_normal((160, 1, 8))
+    walks = walks + np.cumsum(0.05 * generator.standard_normal((160, 25, 8)), axis=1)
+    vectors = (walks.reshape(-1, 8) @ mapping).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    held, queries = vectors[:3500], vectors[3500:]
+    index = VectorIndex(exact_up_to=2000)
+    index.add(np.arange(3500), held, np.arange(3500) // 25)
+    assert index.approximate
+    truth = np.argsort(-queries @ held.T, axis=1)[:, :16]
+    found = index.search(queries, 16)[1]
+    hits = sum(len(set(a) & set(b)) for a, b in zip(truth, found, strict=True))
+    assert hits >= 0.99 * truth.size
+
+
 def test_a_subset_is_searched_and_nothing_else(index, clustered):
     vectors, queries = clustered
     for subset in (np.arange(0, 5000, 2), np.arange(0, 5000, 100)):
