@@ -44,12 +44,12 @@ from torch import Tensor
 
 from lib.errors import LabelError
 from lib.models.devices import choose_device, in_batches
+from lib.models.sam2_memory import POINTER_STEP, memory_tokens
 from lib.models.sam2_network import STRIDE, Sam2Network, load_network, random_network
 from lib.models.sam2_tensors import (
     LAYOUT,
     POINTER_PARTS,
     group_labels,
-    join_values,
     picture,
     split_values,
     square_masks,
@@ -58,7 +58,6 @@ from lib.types import Features, FloatArray, Memory, Prediction
 
 logger = logging.getLogger(__name__)
 
-POINTER_STEP = 1 / 15  # one frame, in SAM 2's unit for pointers: 15 frames
 ABSENT_SCORE = -1024.0  # what SAM 2 writes over the logits of an absent object
 PIXELS_AT_ONCE = 4 * 1024**2  # images encoded together, and masks remembered together
 TOKENS_AT_ONCE = 400_000  # memory tokens x labels attended to together: about 2 GB
@@ -299,7 +298,12 @@ class Sam2Segmenter:
         count = rows.shape[1]
         skip4, skip8, features = (level.to(self.device)[None] for level in query.maps)
         position = module.image_encoder.neck.position_encoding(features)
-        tokens, codes, pointer_tokens = self._memory_tokens(rows, recent)
+        tokens, codes, pointer_tokens = memory_tokens(
+            module,
+            rows.to(self.device),
+            {distance: memory.to(self.device) for distance, memory in recent.items()},
+            pointer_distance=self.options.pointer_distance,
+        )
         conditioned = module.memory_attention(
             curr=features.flatten(2).permute(2, 0, 1).expand(-1, count, -1),
             curr_pos=position.flatten(2).permute(2, 0, 1).expand(-1, count, -1),
@@ -335,51 +339,3 @@ class Sam2Segmenter:
         # a mask is worth its Dice, given that the label is there; an empty one, if it is not
         quality = torch.where(present, 2 * iou / (1 + iou), 1 - presence)
         return logits[:, 0].cpu(), presence.cpu(), quality.cpu()
-
-    def _memory_tokens(self, rows: Tensor, recent: dict[int, Tensor]) -> tuple[Tensor, Tensor, int]:
-        """What the query attends to: tokens (T, L, 64), their codes (T, L, 64), pointer tokens.
-
-        Spatial memories come first, R and then the recent ones with (S/16)^2 tokens each, then the
-        pointers with four tokens each.
-        """
-        module = self._module
-        rows = torch.cat([rows, *(memory[None] for memory in recent.values())])
-        rows = rows.to(self.device).float()
-        memories, count = rows.shape[:2]
-        references = memories - len(recent)
-        numbers = module.mem_dim * self._grid**2
-        maps = rows[..., :numbers].reshape(memories, count, module.mem_dim, -1)
-        tokens = [maps.permute(0, 3, 1, 2).flatten(0, 1)]
-
-        place = module.memory_encoder.position_encoding(
-            maps.new_empty(1, module.mem_dim, self._grid, self._grid)
-        )
-        place = place.flatten(2).permute(2, 0, 1)  # (P, 1, 64)
-        # the code of a frame at distance d has index d - 1, that of conditioning frames is the last
-        slots = [module.num_maskmem - 1] * references + [distance - 1 for distance in recent]
-        codes = [torch.cat([place + module.maskmem_tpos_enc[slot] for slot in slots])]
-
-        pointer_tokens = 0
-        if self.options.pointer_distance is not None:
-            distances = [self.options.pointer_distance] * references
-            distances += [distance * POINTER_STEP for distance in recent]
-            pointers = join_values(rows[..., numbers:-1])
-            pieces = pointers.shape[-1] // module.mem_dim
-            pointers = pointers.reshape(memories, count, pieces, module.mem_dim)
-            tokens.append(pointers.permute(0, 2, 1, 3).flatten(0, 1))
-            codes.append(self._pointer_codes(distances).repeat_interleave(pieces, dim=0)[:, None])
-            pointer_tokens = memories * pieces
-        every = torch.cat(tokens)
-        return every, torch.cat(codes).expand(-1, count, -1), pointer_tokens
-
-    def _pointer_codes(self, distances: Sequence[float]) -> Tensor:
-        """Time codes (R, 64) of object pointers at distances (R,) in units of 15 frames."""
-        from sam2.modeling.sam2_utils import get_1d_sine_pe
-
-        module = self._module
-        if not module.add_tpos_enc_to_obj_ptrs:  # SAM 2.0
-            return torch.zeros(len(distances), module.mem_dim, device=self.device)
-        width = module.hidden_dim if module.proj_tpos_enc_in_obj_ptrs else module.mem_dim
-        times = torch.tensor(distances, device=self.device)
-        codes: Tensor = module.obj_ptr_tpos_proj(get_1d_sine_pe(times, dim=width))
-        return codes

@@ -14,7 +14,8 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from lib.models.sam2 import POINTER_STEP, Sam2Options, Sam2Segmenter
+from lib.models.sam2 import Sam2Options, Sam2Segmenter
+from lib.models.sam2_memory import POINTER_STEP
 from lib.models.sam2_network import CONFIGS, Sam2Network, build_module
 from lib.types import FloatArray
 
