@@ -236,7 +236,7 @@ def _inverted(ids: IdArray, vectors: FloatArray, groups: IdArray) -> Any:
     """An IVF over all vectors that probes as many lists as the recall that is wanted takes."""
     faiss = _faiss()
     count, size = vectors.shape
-    lists = int(np.clip(2 * np.sqrt(count), 16, 4096))
+    lists = max(1, min(int(2 * np.sqrt(count)), count // 40, 4096))
     generator = np.random.default_rng(0)
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter = 8
@@ -251,6 +251,9 @@ def _inverted(ids: IdArray, vectors: FloatArray, groups: IdArray) -> Any:
     exact = faiss.IndexFlatIP(size)
     exact.add(vectors)
     truth = _outside(exact.search(vectors[sample], k)[1], groups, groups[sample])
+    if not any(truth):  # all are of one group: then each stands for itself
+        groups = np.arange(count)
+        truth = _outside(exact.search(vectors[sample], k)[1], groups, groups[sample])
     index.nprobe = min(4, lists)
     while index.nprobe < lists:
         found = _outside(index.search(vectors[sample], k)[1], groups, groups[sample])

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.retrieval.selection import diverse, top_k
@@ -11,6 +11,7 @@ from lib.retrieval.selection import diverse, top_k
 candidates = st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 3)), max_size=15)
 
 
+@settings(deadline=None)
 @given(candidates, st.integers(0, 8), st.one_of(st.none(), st.integers(1, 3)), st.randoms())
 def test_top_k_is_the_best_that_the_cap_allows_in_whatever_order_it_comes(pairs, k, cap, random):
     named = [(value, case, name) for name, (value, case) in enumerate(pairs)]
@@ -49,6 +50,7 @@ def test_diversity_passes_over_a_twin():
     assert diverse(similarities, between, 2, diversity=0) == [0, 1]
 
 
+@settings(deadline=None)
 @given(candidates, st.integers(0, 20), st.floats(0, 1))
 def test_diversity_takes_each_once_and_the_most_similar_first(pairs, k, diversity):
     similarities = np.array([value for value, _ in pairs])
