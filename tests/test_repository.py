@@ -150,9 +150,7 @@ def test_no_path_of_a_machine_is_in_the_tree() -> None:
 def loaded_after(code: str) -> set[str]:
     """Which heavy packages a fresh interpreter holds after running `code`."""
     script = f"{code}\nimport sys\nprint(*(set({HEAVY!r}) & sys.modules.keys()))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -170,4 +168,6 @@ def test_the_app_loads_nothing_heavy_before_it_is_needed() -> None:
         "sys.modules['main'] = module\n"
         "spec.loader.exec_module(module)\n"
     )
-    assert loaded_after(code) == set()
+    platform = loaded_after("import monailabel.interfaces.app")  # MONAI imports what it finds
+    assert loaded_after(code) <= platform
+    assert not platform & {"sam2", "hydra", "faiss"}, "then this test would prove nothing"
