@@ -15,7 +15,7 @@ import requests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 APP = REPOSITORY / "apps" / "refseg"
-PATIENCE_S = 180  # to come up on a box that is busy with other things
+PATIENCE_S = 300  # to come up on a box that is busy with other things
 
 
 class Server:
@@ -78,7 +78,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         while True:
             try:
-                if requests.get(f"{self.url}/info/", timeout=30).ok:
+                if requests.get(f"{self.url}/info/", timeout=120).ok:
                     break
             except requests.ConnectionError:
                 time.sleep(0.2)

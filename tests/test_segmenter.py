@@ -1,0 +1,300 @@
+"""The engine: which references are asked, whose labels win, and what is given back."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lib.annotation import put_back, read_annotation
+from lib.errors import RequestError
+from lib.imaging.io import ImageVolume, read_image
+from lib.memory.bank import MemoryBank
+from lib.segmenter import Options, ReferenceEngine, Segmentation, merge
+from lib.types import Features, FloatArray, LabelledImage, Memory, Prediction
+
+SIZE = 16
+SHAPE = (SIZE, SIZE, 6)
+NAMES = {1: "liver", 2: "spleen", 3: "kidney"}
+
+
+class Averager:
+    """A segmenter whose answer is plain: the mean of the known masks, less one half."""
+
+    name = "averager"
+    fingerprint = "averager-1"
+    size = SIZE
+
+    def __init__(self) -> None:
+        self.encoded = 0
+        self.asked: list[tuple[int, list[list[bool]]]] = []
+
+    def encode(self, images: Sequence[FloatArray]) -> list[Features]:
+        self.encoded += len(images)
+        return [Features((torch.from_numpy(image),), None, self.fingerprint) for image in images]
+
+    def remember(self, features: Features, masks: torch.Tensor) -> Memory:
+        assert masks.shape[1:] == features.maps[0].shape[:2]
+        return Memory(torch.zeros(1), masks.float())
+
+    def segment(
+        self, query: Features, references: Sequence[Memory], known: torch.Tensor
+    ) -> Prediction:
+        assert known.any(0).all(), "each label must be known to a reference"
+        self.asked.append((len(references), known.tolist()))
+        masks = torch.stack([memory.labels for memory in references])  # (R, L, S, S)
+        weights = known.float()[:, :, None, None]
+        scores = (masks * weights).sum(0) / weights.sum(0) - 0.5
+        labels = scores.shape[0]
+        return Prediction(scores, torch.ones(labels), torch.full((labels,), 0.75))
+
+
+class Thumbnail:
+    """Slices with the same pixels are nearest."""
+
+    name = "thumbnail"
+    fingerprint = "thumbnail-1"
+
+    def embed(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        vectors = np.stack([image.reshape(-1) - image.mean() + 1e-3 for image in images])
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> "Studio":
+    return Studio(tmp_path)
+
+
+class Studio:
+    """Images and label maps on disk, an engine and a bank over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.averager = Averager()
+        self.labelled: list[LabelledImage] = []
+        self.engine = ReferenceEngine(self.averager, Thumbnail(), batch=4)
+        self.bank = MemoryBank(folder / "bank", "test", self.engine.references_of)
+
+    def image(self, name: str, seed: int = 0) -> Path:
+        values = np.random.default_rng(seed).integers(0, 1000, SHAPE).astype(np.int16)
+        path = self.folder / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 3.0, 1.0])), path)
+        return path
+
+    def label(
+        self,
+        name: str,
+        draw: Callable[[np.ndarray], None],
+        seed: int = 0,
+        names: dict[int, str] = NAMES,
+    ) -> LabelledImage:
+        path = self.image(name, seed)
+        values = np.zeros(SHAPE, np.uint8)
+        draw(values)
+        label_path = self.folder / f"{name}-label.nii.gz"
+        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 3.0, 1.0])), label_path)
+        labelled = LabelledImage(name, path, label_path, names)
+        self.labelled.append(labelled)
+        return labelled
+
+    def segment(
+        self,
+        path: Path,
+        labels: Sequence[str] = (),
+        own: LabelledImage | None = None,
+        **options: object,
+    ) -> Segmentation:
+        self.bank.sync(self.labelled)
+        chosen = Options(**options)  # type: ignore[arg-type]
+        return self.engine.segment(
+            read_image(path), self.bank, labels=labels, options=chosen, own=own
+        )
+
+
+def on_file_grid(found: Segmentation, image: ImageVolume) -> np.ndarray:
+    from lib.imaging.io import source_label_map
+
+    return source_label_map(found.label_map, image)
+
+
+def annotate(index: int, value: int = 1) -> Callable[[np.ndarray], None]:
+    def draw(values: np.ndarray) -> None:
+        values[2:8, 3:9, index] = value
+
+    return draw
+
+
+def test_an_empty_bank_answers_with_nothing_and_says_what_to_do(studio: Studio) -> None:
+    found = studio.segment(studio.image("query"))
+    assert found.label_map.shape == read_image(studio.folder / "query.nii.gz").voxels.shape
+    assert not found.label_map.any()
+    assert found.labels == ()
+    assert "label this one first" in found.message
+    assert studio.averager.encoded == 0
+
+
+def test_an_unlabelled_slice_teaches_nothing_by_default(studio: Studio) -> None:
+    labelled = studio.label("a", annotate(2))
+    references = list(studio.engine.references_of(labelled))
+    assert [reference.key.index for reference in references] == [len_minus(labelled, 2)]
+    assert references[0].present == {"liver"}
+    assert references[0].absent == frozenset()  # spleen and kidney were never drawn: unknown
+
+
+def len_minus(labelled: LabelledImage, index: int) -> int:
+    """The file's k grows to Superior, the canonical axis to Inferior."""
+    return SHAPE[2] - 1 - index
+
+
+def test_a_label_drawn_elsewhere_in_the_volume_is_absent_on_a_labelled_slice(
+    studio: Studio,
+) -> None:
+    def draw(values: np.ndarray) -> None:
+        annotate(1, 1)(values)
+        annotate(4, 2)(values)
+
+    first, second = studio.engine.references_of(studio.label("a", draw))
+    assert {first.present, second.present} == {frozenset({"liver"}), frozenset({"spleen"})}
+    assert first.present == second.absent
+    assert second.present == first.absent
+
+
+def test_a_complete_map_teaches_absence_on_every_slice(studio: Studio) -> None:
+    engine = ReferenceEngine(Averager(), Thumbnail(), annotation="complete")
+    references = list(engine.references_of(studio.label("a", annotate(0))))
+    assert len(references) == SHAPE[2]
+    assert all(reference.labels == ("kidney", "liver", "spleen") for reference in references)
+    assert sum("liver" in reference.present for reference in references) == 1
+
+
+def test_an_empty_map_says_that_no_named_label_is_there(studio: Studio) -> None:
+    references = list(studio.engine.references_of(studio.label("a", lambda _: None)))
+    assert len(references) == SHAPE[2]
+    assert all(reference.absent == set(NAMES.values()) for reference in references)
+    assert list(studio.engine.references_of(studio.label("b", lambda _: None, names={}))) == []
+
+
+def test_a_value_without_a_name_is_named_by_its_number(studio: Studio) -> None:
+    (reference,) = studio.engine.references_of(studio.label("a", annotate(0, 9), names={}))
+    assert reference.present == {"label_9"}
+
+
+def test_a_mask_comes_from_the_reference_and_values_follow_the_order_asked_for(
+    studio: Studio,
+) -> None:
+    def draw(values: np.ndarray) -> None:
+        values[2:6, :, :] = 1
+        values[9:14, :, :] = 2
+
+    studio.label("a", draw, seed=1)
+    image = read_image(studio.image("query", seed=2))
+    found = studio.segment(image.path, ["spleen", "liver"], k=3)
+    truth = np.zeros(SHAPE, np.int32)
+    draw(truth)
+    expected = np.select([truth == 1, truth == 2], [2, 1])
+    np.testing.assert_array_equal(on_file_grid(found, image), expected)
+    assert found.labels == ("spleen", "liver")
+    assert {used.key.image_id for used in found.references["liver"]} == {"a"}
+    assert 0 < found.confidence["liver"] <= 0.75
+    assert all(references == 3 for references, _ in studio.averager.asked)
+
+
+def test_a_label_that_no_reference_knows_is_named_in_the_message(studio: Studio) -> None:
+    studio.label("a", annotate(0))
+    found = studio.segment(studio.image("query", 5), ["kidney", "liver"])
+    assert found.labels == ("liver",)
+    assert "kidney" in found.message
+
+
+def test_a_reference_is_not_asked_about_a_label_it_was_not_annotated_for(studio: Studio) -> None:
+    studio.label("a", lambda v: v.__setitem__(np.s_[:], 1), seed=1)
+    studio.label("b", lambda v: v.__setitem__(np.s_[:8], 2), seed=2)
+    image = read_image(studio.image("query", 3))
+    found = studio.segment(image.path, ["liver", "spleen"], k=4)
+    # had "b" counted as "no liver here", the mean would be one half, and nothing would win
+    assert (on_file_grid(found, image)[8:] == 1).all()
+    for _, known in studio.averager.asked:
+        assert all(sum(row) == 1 for row in known)
+
+
+def test_own_slices_come_first_and_come_back_voxel_for_voxel(studio: Studio) -> None:
+    studio.label("other", lambda v: v.__setitem__(np.s_[10:, 10:, :], 1), seed=1)
+
+    def draw(values: np.ndarray) -> None:
+        values[2:8, 3:9, 1] = 1
+        values[5, 5, 1] = 0
+        values[2:8, 3:9, 4] = 1
+
+    own = studio.label("query", draw, seed=2)
+    image = read_image(own.image_path)
+    found = studio.segment(own.image_path, own=own, k=2)
+    result, truth = on_file_grid(found, image), np.zeros(SHAPE, np.int32)
+    draw(truth)
+    np.testing.assert_array_equal(result[:, :, [1, 4]], truth[:, :, [1, 4]])
+    assert result[2, 3, 0] == 1  # by its own slices, not by the other image's corner
+    assert not result[12, 12].any()
+    assert {used.key.image_id for used in found.references["liver"]} == {"query"}
+    assert found.own_slices == 2
+    assert studio.averager.asked == [(2, [[True], [True]])] * 4  # own slices are not computed
+
+
+def test_own_labels_can_be_left_out_for_measuring(studio: Studio) -> None:
+    studio.label("other", lambda v: v.__setitem__(np.s_[10:, 10:, :], 1), seed=1)
+    own = studio.label("query", annotate(1), seed=2)
+    found = studio.segment(own.image_path, own=own, own_labels=False)
+    assert {used.key.image_id for used in found.references["liver"]} == {"other"}
+    assert found.own_slices == 0
+    result = on_file_grid(found, read_image(own.image_path))
+    assert not result[2, 3, 1]
+
+
+def test_a_label_that_the_annotator_did_not_use_is_still_found_on_his_slices(
+    studio: Studio,
+) -> None:
+    studio.label("other", lambda v: v.__setitem__(np.s_[10:, 10:, :], 2), seed=1)
+    own = studio.label("query", annotate(1, 1), seed=2)
+    image = read_image(own.image_path)
+    found = studio.segment(own.image_path, ["liver", "spleen"], own=own)
+    result = on_file_grid(found, image)
+    assert result[12, 12, 1] == 2
+    assert (result[2:8, 3:9, 1] == 1).all()
+
+
+def test_put_back_never_draws_over_a_label_that_was_not_asked_for(studio: Studio) -> None:
+    own = studio.label("query", annotate(1, 3))
+    image = read_image(own.image_path)
+    annotation = read_annotation(own, image)
+    full = np.ones(image.geometry.shape, np.int32)
+    result = put_back(full, annotation, ["liver"])
+    assert not result[annotation.label_map == 3].any()
+    assert result[annotation.label_map == 0].all()
+
+
+def test_a_label_asked_for_twice_is_refused(studio: Studio) -> None:
+    with pytest.raises(RequestError, match="twice"):
+        studio.segment(studio.image("query"), ["liver", "liver"])
+
+
+def test_the_highest_positive_score_wins() -> None:
+    scores = torch.tensor([[[1.0, -1.0], [2.0, -3.0]], [[0.5, -2.0], [3.0, 0.1]]])
+    np.testing.assert_array_equal(merge(scores, (2, 2)), [[1, 0], [2, 2]])
+    assert merge(scores, (7, 5)).shape == (7, 5)
+
+
+def test_progress_reaches_the_end_once_for_each_batch(studio: Studio) -> None:
+    studio.label("a", annotate(0))
+    studio.bank.sync(studio.labelled)
+    seen: list[tuple[int, int]] = []
+    image = read_image(studio.image("query", 4))
+    studio.engine.segment(image, studio.bank, on_progress=lambda *step: seen.append(step))
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_a_pool_embedding_is_of_inner_slices(studio: Studio) -> None:
+    vectors = studio.engine.embed_image(read_image(studio.image("query")))
+    assert vectors.shape == (5, SIZE * SIZE)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
