@@ -6,8 +6,12 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-# `make setup REQUIREMENTS=requirements-gpu.txt` takes the CUDA build of faiss
-REQUIREMENTS ?= requirements.txt
+# `make setup REQUIREMENTS=requirements-gpu.txt` takes the CUDA build of faiss; remembered in the stamp
+CHOSEN := $(shell cat $(VENV)/.ready 2>/dev/null)
+REQUIREMENTS ?= $(or $(CHOSEN),requirements.txt)
+ifneq ($(CHOSEN),$(REQUIREMENTS))
+.PHONY: $(VENV)/.ready
+endif
 PORT ?= 8000
 HOST ?= 127.0.0.1
 
@@ -27,10 +31,13 @@ $(VENV)/.ready: requirements.txt requirements-base.txt requirements-gpu.txt requ
 		echo "No Python 3.10, 3.11 or 3.12 with venv was found. Install one (Debian: python3-venv)"; \
 		echo "or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@# both builds of faiss fill the same folder: the other one has to go first
+	test -z "$(CHOSEN)" || test "$(CHOSEN)" = "$(REQUIREMENTS)" || \
+		$(BIN)/python -m pip uninstall --yes faiss-cpu faiss-gpu
 	$(BIN)/python -m pip install --disable-pip-version-check -r $(REQUIREMENTS) -r requirements-dev.txt
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --disable-pip-version-check \
 		--no-deps --no-build-isolation -r requirements-no-deps.txt
-	@touch $@
+	@echo "$(REQUIREMENTS)" > $@
 
 lint: setup ## style and the rule that imports go down only
 	$(BIN)/ruff check .
