@@ -184,6 +184,17 @@ def test_a_settled_file_is_not_read_again(store, bank):
     assert [path.stat().st_atime_ns for path in held] == times
 
 
+def test_an_overwrite_that_hides_its_size_and_time_is_seen_hours_later(store, bank):
+    time.sleep(SETTLED_S + 0.01)
+    bank.sync(store.listing())  # signatures can be trusted now
+    masks = np.load(store.label("one"))
+    header = store.label("one").read_bytes()[: -masks.size]
+    overwrite_in_place(store.label("one"), header + masks[::-1].tobytes())
+    time.sleep(SETTLED_S + 0.01)
+    assert bank.sync(store.listing()).updated == ("one",)
+    assert difference(bank, store.listing()) == ""
+
+
 def test_a_rename_moves_rows_without_encoding(store, bank, encode):
     calls = len(encode.calls)
     store.rename("one", "uno")
