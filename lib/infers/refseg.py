@@ -5,7 +5,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +16,14 @@ from lib.datastore import find_by_path
 from lib.errors import ImageError, LabelError, RefSegError, RequestError
 from lib.imaging.formats import PICTURES, WRITABLE, extension_of
 from lib.imaging.io import ImageVolume, read_image, write_label_map
+from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import ListLabels, Runtime, progress_logger
-from lib.segmenter import Options, Segmentation
-from lib.settings import parse_axis, parse_window
+from lib.segmenter import Segmentation
 
 logger = logging.getLogger(__name__)
 
 MAX_REFERENCES = 16  # named in the answer for each label
 NOTHING = {"background": 0}  # 3D Slicer drops this name; an empty dict it would take for "all"
-
-
-@dataclass(frozen=True)
-class SegmentRequest:
-    """A request, checked.
-
-    Attributes:
-        path: the image's file or DICOM folder.
-        prompt: labels asked for, as names or as numbers of `/info`; empty: all.
-        options: how to segment.
-        extension: of the result's file; empty: as the image's.
-        compress: pack the result's file.
-        write: whether a file is wanted at all.
-        largest: the largest value that the wanted dtype holds.
-        info_numbers: number labels as `/info` does, with gaps where a label is not answered. OHIF
-            reads them so, while 3D Slicer takes value i for the i-th name.
-    """
-
-    path: Path
-    prompt: tuple[str | int, ...]
-    options: Options
-    extension: str
-    compress: bool
-    write: bool
-    largest: int
-    info_numbers: bool
-
-    @classmethod
-    def parse(cls, request: Mapping[str, Any], defaults: Options) -> "SegmentRequest":
-        """Check every value that is used; keys of the platform and of other tasks are let pass.
-
-        Raises:
-            RequestError: a value is not allowed; the message says what is.
-        """
-        window = request.get("window")
-        return cls(
-            path=Path(str(request["image"])),
-            prompt=_prompt(request.get("label_prompt")),
-            options=Options(
-                k=_whole(request, "k", defaults.k, 1, 64),
-                cap_per_case=_whole(request, "cap_per_case", defaults.cap_per_case, 0, 64),
-                own_labels=_truth(request, "own_labels", defaults.own_labels),
-                window=parse_window(_joined(window)) if window else defaults.window,
-                axis=parse_axis(str(request.get("axis") or "auto")),
-            ),
-            extension=_extension(request.get("result_extension")),
-            compress=_truth(request, "result_compress", True),
-            write=_truth(request, "result_write_to_file", True),
-            largest=_largest(request.get("result_dtype")),
-            info_numbers="restore_label_idx" in request,
-        )
 
 
 class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
@@ -146,7 +94,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         labelled, report = self._runtime.sync(self._list_labels)
         synced = time.perf_counter()
         numbers = self._numbered(self._runtime.known_labels())
-        names = _chosen(wanted.prompt, numbers)
+        names = chosen_labels(wanted.prompt, numbers)
         found = self._runtime.engine.segment(
             image,
             self._runtime.bank,
@@ -223,20 +171,6 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         return dict(self._numbers)
 
 
-def _chosen(prompt: Sequence[str | int], numbers: Mapping[str, int]) -> tuple[str, ...]:
-    """Names asked for, in the order of their numbers; all, if none is asked for."""
-    by_number = {number: name for name, number in numbers.items()}
-    asked = set()
-    for entry in prompt:
-        name = by_number.get(entry) if isinstance(entry, int) else entry
-        if name not in numbers:
-            known = ", ".join(f"{number} {name}" for name, number in numbers.items()) or "none yet"
-            msg = f"label_prompt {entry!r} is no label here; known are: {known}."
-            raise RequestError(msg)
-        asked.add(name)
-    return tuple(name for name in numbers if name in asked or not asked)
-
-
 def _write(
     found: Segmentation,
     values: Mapping[str, int],
@@ -267,66 +201,3 @@ def _result_extension(wanted: SegmentRequest, image: ImageVolume) -> str:
     if own in allowed:
         return own
     return ".png" if image.kind == "picture" else ".nii.gz"
-
-
-def _prompt(value: Any) -> tuple[str | int, ...]:
-    entries = value.split(",") if isinstance(value, str) else value or []
-    if not isinstance(entries, list | tuple):
-        entries = [entries]
-    prompt: list[str | int] = []
-    for entry in entries:
-        if isinstance(entry, bool) or not isinstance(entry, int | str):
-            msg = f"label_prompt {entry!r} is neither a label's name nor its number."
-            raise RequestError(msg)
-        text = str(entry).strip()
-        prompt += [int(text)] if text.isdecimal() else [text] if text else []
-    return tuple(prompt)
-
-
-def _whole(request: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
-    value = request.get(key)
-    if value is None or value == "":
-        return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if isinstance(value, bool) or number != round(number, 0) or not low <= number <= high:
-        msg = f"{key} {value!r} is not allowed; it is a whole number from {low} to {high}."
-        raise RequestError(msg)
-    return int(number)
-
-
-def _truth(request: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = request.get(key)
-    if value is None or value == "":
-        return default
-    text = str(value).lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    msg = f"{key} {value!r} is not allowed; it is true or false."
-    raise RequestError(msg)
-
-
-def _joined(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _extension(value: Any) -> str:
-    text = str(value or "").strip().lower()
-    return text if not text or text.startswith(".") else f".{text}"
-
-
-def _largest(value: Any) -> int:
-    if value in (None, ""):
-        return int(np.iinfo(np.uint16).max)
-    try:
-        dtype = np.dtype(str(value))
-    except TypeError:
-        dtype = np.dtype("O")
-    if dtype.kind not in "iu":
-        msg = f"result_dtype {value!r} is not allowed; label maps are uint8 or uint16."
-        raise RequestError(msg)
-    return min(int(np.iinfo(dtype).max), int(np.iinfo(np.uint16).max))
