@@ -16,7 +16,8 @@ from lib.imaging.io import read_image
 from lib.memory.bank import MemoryBank
 from lib.memory.pool import EmbeddingPool
 from lib.memory.records import SyncReport
-from lib.segmenter import Options, Progress, ReferenceEngine
+from lib.segmentation import Options
+from lib.segmenter import Progress, ReferenceEngine
 from lib.settings import RefSegSettings
 from lib.types import FloatArray, LabelledImage, Reference
 

@@ -4,11 +4,8 @@ It knows pictures, memories and matches, and nothing of servers or datastores.
 """
 
 import logging
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,13 +17,13 @@ from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.slices import assemble, cut, cut_labels, through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.models.protocol import Embedder, ReferenceSegmenter
+from lib.segmentation import Options, Segmentation, Stopwatch, Tally, merge, message_for
 from lib.types import (
     Features,
     FloatArray,
     IntArray,
     LabelledImage,
     Match,
-    Prediction,
     Reference,
     SliceKey,
 )
@@ -35,60 +32,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 POOL_SLICES = 5  # slices that stand for one image in the pool: ends say little, so inner ones
-
-
-@dataclass(frozen=True)
-class Options:
-    """How one image is segmented; the same names as in `RefSegSettings`.
-
-    Attributes:
-        k: references for each slice.
-        cap_per_case: at most so many references of one case; 0: no limit.
-        own_labels: the image's own labelled slices are references and come back unchanged.
-        window: (low, high) intensities, or None for robust percentiles.
-        axis: canonical axis that is cut along, or None for the coarsest.
-    """
-
-    k: int = 8
-    cap_per_case: int = 0
-    own_labels: bool = True
-    window: tuple[float, float] | None = None
-    axis: int | None = None
-
-
-@dataclass(frozen=True)
-class UsedReference:
-    """A reference that voted for a label: its highest similarity, and for how many slices."""
-
-    key: SliceKey
-    similarity: float
-    slices: int
-
-
-@dataclass(frozen=True, eq=False)
-class Segmentation:
-    """A segmented image.
-
-    Attributes:
-        label_map: (I, J, K) int32 on the canonical grid; value v is `labels[v - 1]`.
-        labels: the labels that references knew, in the order asked for.
-        confidence: expected Dice of each label in 0..1: mask quality times presence times
-            similarity of the references, averaged over the area found; 0 where nothing was found.
-        references: for each label the references used, nearest first.
-        seconds: time by stage.
-        slices: number of slices.
-        own_slices: slices that the user had labelled, given back as they were.
-        message: what a person should know; empty when all is as expected.
-    """
-
-    label_map: IntArray
-    labels: tuple[str, ...]
-    confidence: Mapping[str, float]
-    references: Mapping[str, tuple[UsedReference, ...]]
-    seconds: Mapping[str, float]
-    slices: int
-    own_slices: int
-    message: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,42 +59,6 @@ class _OwnSlices:
             [Match(self.keys[column], float(row[column])) for column in columns]
             for row, columns in zip(similarity, order, strict=True)
         ]
-
-
-@dataclass(eq=False)
-class _Tally:
-    """Sums over slices from which confidence and used references are told."""
-
-    area: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    belief: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    used: dict[str, dict[SliceKey, tuple[float, int]]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )
-
-    def note(self, label: str, matches: Sequence[Match]) -> None:
-        for match in matches:
-            best, count = self.used[label].get(match.key, (-1.0, 0))
-            self.used[label][match.key] = (max(best, match.similarity), count + 1)
-
-    def references(self, label: str) -> tuple[UsedReference, ...]:
-        rows = [UsedReference(key, *value) for key, value in self.used[label].items()]
-        return tuple(sorted(rows, key=lambda row: (-row.similarity, row.key)))
-
-
-class Stopwatch:
-    """Seconds by stage; `with watch("encode"): ...` adds to that stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 class ReferenceEngine:
@@ -254,7 +161,7 @@ class ReferenceEngine:
         axis = through_plane_axis(image, options.axis if options.axis is not None else self._axis)
         pictures = cut(image, axis, options.window or self._window)
         watch = Stopwatch()
-        tally = _Tally()
+        tally = Tally()
         height, width = pictures[0].shape[:2]
         result = np.zeros((len(pictures), height, width), np.int32)
         annotation = (
@@ -287,15 +194,12 @@ class ReferenceEngine:
         return Segmentation(
             label_map=label_map,
             labels=names,
-            confidence={
-                name: round(tally.belief[name] / tally.area[name], 4) if tally.area[name] else 0.0
-                for name in names
-            },
+            confidence={name: tally.confidence(name) for name in names},
             references={name: tally.references(name) for name in names},
             seconds=watch.seconds,
             slices=len(pictures),
             own_slices=len(annotation.slices) if annotation is not None else 0,
-            message=_message(names, unknown),
+            message=message_for(names, unknown),
         )
 
     def _encode_and_embed(self, images: Sequence[FloatArray]) -> tuple[list[Features], FloatArray]:
@@ -334,7 +238,7 @@ class ReferenceEngine:
         matches: Sequence[Match],
         names: tuple[str, ...],
         shape: tuple[int, int],
-        tally: _Tally,
+        tally: Tally,
         watch: Stopwatch,
     ) -> IntArray:
         """One slice -> (H, W) int32, value v is `names[v - 1]`."""
@@ -352,35 +256,8 @@ class ReferenceEngine:
         with watch("merge"):
             values = merge(prediction.scores, shape)  # (H, W), 0 or row + 1
             lookup = np.concatenate([[0], rows.numpy() + 1]).astype(np.int32)
-            _tally_slice(tally, prediction, values, [names[row] for row in rows], matches, known)
+            tally.add(prediction, values, [names[row] for row in rows], matches, known)
             return lookup[values]
-
-
-def merge(scores: torch.Tensor, shape: tuple[int, int]) -> IntArray:
-    """Let labels compete pixel by pixel: (L, S, S) scores -> (H, W) int32, 0 or label row + 1."""
-    full = torch.nn.functional.interpolate(
-        scores[None].float(), size=shape, mode="bilinear", align_corners=False
-    )[0]
-    best, row = full.max(0)
-    return torch.where(best > 0, row + 1, 0).to(torch.int32).cpu().numpy()
-
-
-def _tally_slice(
-    tally: _Tally,
-    prediction: Prediction,
-    values: IntArray,
-    names: Sequence[str],
-    matches: Sequence[Match],
-    known: torch.Tensor,
-) -> None:
-    areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
-    for row, name in enumerate(names):
-        voters = [match for match, knows in zip(matches, known[:, row], strict=True) if knows]
-        tally.note(name, voters)
-        similarity = max(0.0, max(match.similarity for match in voters))
-        belief = float(prediction.quality[row]) * float(prediction.presence[row]) * similarity
-        tally.area[name] += int(areas[row])
-        tally.belief[name] += int(areas[row]) * min(1.0, belief)
 
 
 def _own_slices(
@@ -396,16 +273,6 @@ def _own_slices(
     rows = [row for row, key in enumerate(keys) if key.image_id == own.image_id]
     labels = tuple(name for name in names if name in annotation.labels) if rows else ()
     return _OwnSlices(own.image_id, labels, tuple(keys[row] for row in rows), embeddings[rows])
-
-
-def _message(names: Sequence[str], unknown: Sequence[str]) -> str:
-    if not names and not unknown:
-        return "No labelled image yet: label this one first and submit it; the next are segmented."
-    if not names:
-        return f"No reference for {', '.join(unknown)} yet: label it on one image and submit it."
-    if unknown:
-        return f"No reference for {', '.join(unknown)} yet; segmented: {', '.join(names)}."
-    return ""
 
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

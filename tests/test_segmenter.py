@@ -12,7 +12,8 @@ from lib.annotation import put_back, read_annotation
 from lib.errors import RequestError
 from lib.imaging.io import ImageVolume, read_image
 from lib.memory.bank import MemoryBank
-from lib.segmenter import Options, ReferenceEngine, Segmentation, merge
+from lib.segmentation import Options, Segmentation, merge
+from lib.segmenter import ReferenceEngine
 from lib.types import Features, FloatArray, LabelledImage, Memory, Prediction
 
 SIZE = 16

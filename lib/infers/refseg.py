@@ -18,7 +18,7 @@ from lib.imaging.formats import PICTURES, WRITABLE, extension_of
 from lib.imaging.io import ImageVolume, read_image, write_label_map
 from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import ListLabels, Runtime, progress_logger
-from lib.segmenter import Segmentation
+from lib.segmentation import Segmentation
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import RequestError
-from lib.segmenter import Options
+from lib.segmentation import Options
 from lib.settings import parse_axis, parse_window
 
 

@@ -10,7 +10,7 @@ from lib.errors import RequestError
 from lib.infers.refseg import RefSeg
 from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import Runtime
-from lib.segmenter import Options
+from lib.segmentation import Options
 from lib.settings import RefSegSettings
 
 

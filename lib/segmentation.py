@@ -1,0 +1,149 @@
+"""The answer for one image: label map, references used, confidence, time; and how it is told."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib.types import IntArray, Match, Prediction, SliceKey
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one image is segmented; the same names as in `RefSegSettings`.
+
+    Attributes:
+        k: references for each slice.
+        cap_per_case: at most so many references of one case; 0: no limit.
+        own_labels: the image's own labelled slices are references and come back unchanged.
+        window: (low, high) intensities, or None for robust percentiles.
+        axis: canonical axis that is cut along, or None for the coarsest.
+    """
+
+    k: int = 8
+    cap_per_case: int = 0
+    own_labels: bool = True
+    window: tuple[float, float] | None = None
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class UsedReference:
+    """A reference that voted for a label: its highest similarity, and for how many slices."""
+
+    key: SliceKey
+    similarity: float
+    slices: int
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A segmented image.
+
+    Attributes:
+        label_map: (I, J, K) int32 on the canonical grid; value v is `labels[v - 1]`.
+        labels: the labels that references knew, in the order asked for.
+        confidence: expected Dice of each label in 0..1: mask quality times presence times
+            similarity of the references, averaged over the area found; 0 where nothing was found.
+        references: for each label the references used, nearest first.
+        seconds: time by stage.
+        slices: number of slices.
+        own_slices: slices that the user had labelled, given back as they were.
+        message: what a person should know; empty when all is as expected.
+    """
+
+    label_map: IntArray
+    labels: tuple[str, ...]
+    confidence: Mapping[str, float]
+    references: Mapping[str, tuple[UsedReference, ...]]
+    seconds: Mapping[str, float]
+    slices: int
+    own_slices: int
+    message: str = ""
+
+
+class Tally:
+    """Sums over slices from which confidence and used references are told."""
+
+    def __init__(self) -> None:
+        self._area: dict[str, int] = defaultdict(int)
+        self._belief: dict[str, float] = defaultdict(float)
+        self._used: dict[str, dict[SliceKey, tuple[float, int]]] = defaultdict(dict)
+
+    def add(
+        self,
+        prediction: Prediction,
+        values: IntArray,
+        names: Sequence[str],
+        matches: Sequence[Match],
+        known: torch.Tensor,
+    ) -> None:
+        """Count one slice.
+
+        Args:
+            prediction: of the labels `names`.
+            values: (H, W) what won: 0 or label row + 1.
+            names: labels that were decided on this slice.
+            matches: the references.
+            known: (R, L) bool, which reference knew which label.
+        """
+        areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
+        for row, name in enumerate(names):
+            voters = [match for match, knows in zip(matches, known[:, row], strict=True) if knows]
+            for match in voters:
+                best, count = self._used[name].get(match.key, (-1.0, 0))
+                self._used[name][match.key] = (max(best, match.similarity), count + 1)
+            similarity = max(0.0, max(match.similarity for match in voters))
+            belief = float(prediction.quality[row] * prediction.presence[row]) * similarity
+            self._area[name] += int(areas[row])
+            self._belief[name] += int(areas[row]) * min(1.0, belief)
+
+    def confidence(self, label: str) -> float:
+        """Mean belief over the area found, 0..1; 0 where nothing was found."""
+        area = self._area[label]
+        return round(self._belief[label] / area, 4) if area else 0.0
+
+    def references(self, label: str) -> tuple[UsedReference, ...]:
+        """The references that voted for a label, nearest first."""
+        rows = [UsedReference(key, *value) for key, value in self._used[label].items()]
+        return tuple(sorted(rows, key=lambda row: (-row.similarity, row.key)))
+
+
+class Stopwatch:
+    """Seconds by stage; `with watch("encode"): ...` adds to that stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def merge(scores: torch.Tensor, shape: tuple[int, int]) -> IntArray:
+    """Let labels compete pixel by pixel: (L, S, S) scores -> (H, W) int32, 0 or label row + 1."""
+    full = torch.nn.functional.interpolate(
+        scores[None].float(), size=shape, mode="bilinear", align_corners=False
+    )[0]
+    best, row = full.max(0)
+    return torch.where(best > 0, row + 1, 0).to(torch.int32).cpu().numpy()
+
+
+def message_for(names: Sequence[str], unknown: Sequence[str]) -> str:
+    """What a person should know of labels that were found references for, and of those not."""
+    if not names and not unknown:
+        return "No labelled image yet: label this one first and submit it; the next are segmented."
+    if not names:
+        return f"No reference for {', '.join(unknown)} yet: label it on one image and submit it."
+    if unknown:
+        return f"No reference for {', '.join(unknown)} yet; segmented: {', '.join(names)}."
+    return ""
