@@ -86,7 +86,7 @@ def weights_list(weights: WeightsDir = None, as_json: AsJson = False) -> None:
     """Show the weights that RefSeg can use, and which are on this machine."""
     from lib.models.weights import list_known
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": row.name,
             "use": row.use,
