@@ -1,5 +1,6 @@
 """Our masks lie where those of MONAI's reader and MONAI Label's writer lie, as clients see them."""
 
+import tempfile
 from pathlib import Path
 
 import nibabel
@@ -19,6 +20,12 @@ AFFINE = nibabel.affines.from_matvec(
     (-40.0, 35.0, 12.5),
 )
 NUMBERS = np.arange(1, 121, dtype=np.int16).reshape(4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def writers_own_folder(tmp_path, monkeypatch):
+    """MONAI Label's writer leaves its files in the folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
