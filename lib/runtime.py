@@ -225,26 +225,38 @@ class Runtime:
         deadline = time.monotonic() + seconds
         known = self.pool.known(paths)
         missing = sorted(paths.keys() - known, key=lambda name: (name not in first, name))
-        fresh = 0
-        while missing and (not fresh or time.monotonic() < deadline):
-            image_id = missing.pop(0)
-            if self._embed(image_id, paths[image_id]):
+        computed = 0
+        late = {}
+        for image_id in missing:
+            path = paths[image_id]
+            if self._is_embedded(image_id, path):
                 known.add(image_id)
-                fresh += 1
-        if missing:
-            self._embed_soon({image_id: paths[image_id] for image_id in missing})
+            elif not computed or time.monotonic() < deadline:
+                if self._embed(image_id, path):
+                    known.add(image_id)
+                    computed += 1
+            else:
+                late[image_id] = path
+        if late:
+            self._embed_soon(late)
         ids = sorted(known)
         vectors, owners = self.pool.gather(ids)
         return {ids[owner]: vectors[owners == owner] for owner in np.unique(owners)}
 
+    def _is_embedded(self, image_id: str, path: Path) -> bool:
+        """Whether the pool has it, be it under another name or of a file too young to tell."""
+        try:
+            return self.pool.get(image_id, path) is not None
+        except OSError:
+            return False
+
     def _embed(self, image_id: str, path: Path) -> bool:
-        """Make sure of one image's embeddings; False where it cannot be read."""
+        """Compute one image's embeddings; False where it cannot be read."""
         mark = (str(path), path.stat().st_mtime_ns if path.exists() else 0)
         if self._unreadable.get(image_id) == mark:
             return False
         try:
-            if self.pool.get(image_id, path) is None:
-                self.pool.put(image_id, path, self.engine.embed_image(read_image(path)))
+            self.pool.put(image_id, path, self.engine.embed_image(read_image(path)))
         except (ImageError, OSError) as error:
             logger.warning("%s is not compared with the others: %s", image_id, error)
             self._unreadable[image_id] = mark
@@ -263,7 +275,8 @@ class Runtime:
         try:
             for image_id, path in paths.items():
                 self._idle.wait()  # a person who waits for a mask comes first
-                self._embed(image_id, path)
+                if not self._is_embedded(image_id, path):
+                    self._embed(image_id, path)
         except Exception:
             logger.exception("the comparison of unlabelled images ended early")
         finally:
