@@ -5,17 +5,17 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lib.errors import ImageError, RefSegError
+from lib.errors import RefSegError
 from lib.imaging.io import read_image
 from lib.memory.bank import MemoryBank
 from lib.memory.pool import EmbeddingPool
 from lib.memory.records import SyncReport
+from lib.pool import Pool
 from lib.segmentation import Options
 from lib.segmenter import Progress, ReferenceEngine
 from lib.settings import RefSegSettings
@@ -49,16 +49,11 @@ class Runtime:
         self._engine: ReferenceEngine | None = None
         self._plans: tuple[str, str] | None = None
         self._bank: MemoryBank | None = None
-        self._pool: EmbeddingPool | None = None
         self._worker_lock = threading.Lock()
         self._worker: threading.Thread | None = None
         self._waiting: ListLabels | None = None
         self._cold = False
-        self._embedding: threading.Thread | None = None
-        self._unreadable: dict[str, tuple[str, int]] = {}
-        self._requests = 0
-        self._idle = threading.Event()
-        self._idle.set()
+        self.pool = Pool(self._open_pool, self._embed_file)
 
     @property
     def options(self) -> Options:
@@ -164,13 +159,11 @@ class Runtime:
         """Use the bank in this folder as it is, whatever datastore it was made from."""
         self.folder = folder
 
-    @property
-    def pool(self) -> EmbeddingPool:
-        """The embeddings of unlabelled images, opened on first use."""
-        with self._build_lock:
-            if self._pool is None:
-                self._pool = EmbeddingPool(self.folder, self.fingerprint)
-            return self._pool
+    def _open_pool(self) -> EmbeddingPool:
+        return EmbeddingPool(self.folder, self.fingerprint)
+
+    def _embed_file(self, path: Path) -> FloatArray:
+        return self.engine.embed_image(read_image(path))
 
     def sync(self, list_labels: ListLabels) -> tuple[list[LabelledImage], SyncReport]:
         """Bring the bank up to date with the datastore; waits for one that runs already.
@@ -206,96 +199,6 @@ class Runtime:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="refseg-sync", daemon=True)
                 self._worker.start()
-
-    def pool_embeddings(
-        self, paths: Mapping[str, Path], *, first: Collection[str] = (), seconds: float
-    ) -> dict[str, FloatArray]:
-        """Embeddings of the datastore's images, computed once and kept.
-
-        What is missing is computed for so long, one image at least, and then in the background.
-
-        Args:
-            paths: image id -> file, of all images.
-            first: ids to compute before the others.
-            seconds: how long to compute within this call.
-
-        Returns:
-            id -> (M, E) of the images that are embedded by now.
-        """
-        deadline = time.monotonic() + seconds
-        known = self.pool.known(paths)
-        missing = sorted(paths.keys() - known, key=lambda name: (name not in first, name))
-        computed = 0
-        late = {}
-        for image_id in missing:
-            path = paths[image_id]
-            if self._is_embedded(image_id, path):
-                known.add(image_id)
-            elif not computed or time.monotonic() < deadline:
-                if self._embed(image_id, path):
-                    known.add(image_id)
-                    computed += 1
-            else:
-                late[image_id] = path
-        if late:
-            self._embed_soon(late)
-        ids = sorted(known)
-        vectors, owners = self.pool.gather(ids)
-        return {ids[owner]: vectors[owners == owner] for owner in np.unique(owners)}
-
-    def _is_embedded(self, image_id: str, path: Path) -> bool:
-        """Whether the pool has it, be it under another name or of a file too young to tell."""
-        try:
-            return self.pool.get(image_id, path) is not None
-        except OSError:
-            return False
-
-    def _embed(self, image_id: str, path: Path) -> bool:
-        """Compute one image's embeddings; False where it cannot be read."""
-        mark = (str(path), path.stat().st_mtime_ns if path.exists() else 0)
-        if self._unreadable.get(image_id) == mark:
-            return False
-        try:
-            self.pool.put(image_id, path, self.engine.embed_image(read_image(path)))
-        except (ImageError, OSError) as error:
-            logger.warning("%s is not compared with the others: %s", image_id, error)
-            self._unreadable[image_id] = mark
-            return False
-        return True
-
-    def _embed_soon(self, paths: Mapping[str, Path]) -> None:
-        with self._worker_lock:
-            if self._embedding is None:
-                self._embedding = threading.Thread(
-                    target=self._embed_all, args=(paths,), name="refseg-pool", daemon=True
-                )
-                self._embedding.start()
-
-    def _embed_all(self, paths: Mapping[str, Path]) -> None:
-        try:
-            for image_id, path in paths.items():
-                self._idle.wait()  # a person who waits for a mask comes first
-                if not self._is_embedded(image_id, path):
-                    self._embed(image_id, path)
-        except Exception:
-            logger.exception("the comparison of unlabelled images ended early")
-        finally:
-            with self._worker_lock:
-                self._embedding = None
-
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """While a request is answered, background work on the pool pauses between images."""
-        with self._worker_lock:
-            self._requests += 1
-            self._idle.clear()
-        try:
-            yield
-        finally:
-            with self._worker_lock:
-                self._requests -= 1
-                if not self._requests:
-                    self._idle.set()
 
     def warm_up(self) -> None:
         """Load the networks and run them once, so that the first request need not wait."""

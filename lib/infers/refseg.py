@@ -72,7 +72,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         if not request.get("image"):
             raise HTTPException(404, "The image is not in the datastore. Look at GET /datastore/.")
         try:
-            with self._runtime.busy():
+            with self._runtime.pool.busy():
                 return self._answer(SegmentRequest.parse(request, self._runtime.options))
         except (RequestError, ImageError, LabelError) as error:
             raise HTTPException(422, str(error)) from error

@@ -49,7 +49,7 @@ class RefSegStrategy(Strategy):
             logger.info("no image is left to be labelled")
             return None
         try:
-            known = self._runtime.pool_embeddings(paths, first=free, seconds=SECONDS_A_CALL)
+            known = self._runtime.pool.embeddings(paths, first=free, seconds=SECONDS_A_CALL)
         except RefSegError as error:
             raise HTTPException(503, str(error)) from error
         ids = sorted(known)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-SHAPE = (64, 56, 5)
+SHAPE = (64, 56, 3)
 SPACING_MM = (1.5, 1.5, 6.0)
 
 
@@ -16,7 +16,7 @@ def ball(seed: int, shape: tuple[int, int, int] = SHAPE) -> npt.NDArray[np.bool_
     rng = np.random.default_rng(seed)
     i, j, k = np.mgrid[: shape[0], : shape[1], : shape[2]]
     center = (shape[0] / 2 + rng.integers(-6, 7), shape[1] / 2 + rng.integers(-6, 7))
-    return (i - center[0]) ** 2 + (j - center[1]) ** 2 < (9 + k) ** 2
+    return (i - center[0]) ** 2 + (j - center[1]) ** 2 < (9 + 2 * k) ** 2
 
 
 def box(shape: tuple[int, int, int] = SHAPE) -> npt.NDArray[np.bool_]:

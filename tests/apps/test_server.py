@@ -163,53 +163,53 @@ def test_each_output_has_its_shape(server: Server, taught: None) -> None:
 def test_a_saved_label_is_a_reference_of_the_very_next_request(
     server: Server, client: MONAILabelClient, taught: None, tmp_path: Path
 ) -> None:
-    before = infer_json(server, "volume 2", k=8)
+    before = infer_json(server, "volume 2", k=6)
     assert references(before) == {"volume 0"}
     image = server.studies / "volume 1.nii.gz"
     submit(client, "volume 1", write_labels(tmp_path / "l1.nii.gz", ball(1), image), ["ball"])
-    after = infer_json(server, "volume 2", k=10)
+    after = infer_json(server, "volume 2", k=6)
     assert references(after) == {"volume 0", "volume 1"}
     assert after["bank"]["generation"] > before["bank"]["generation"]
 
     # overwritten: other names, other voxels, the same id and file
     submit(client, "volume 1", write_labels(tmp_path / "l1.nii.gz", box(), image), ["case"])
-    assert infer_json(server, "volume 2", k=10)["label_names"].keys() == {"ball", "box", "case"}
+    assert infer_json(server, "volume 2", k=6)["label_names"].keys() == {"ball", "box", "case"}
 
     # overwritten on the disk, of which no client tells and no watcher knows
     file = server.studies / "labels" / "final" / "volume 1.nii.gz"
     write_labels(file, np.zeros(SHAPE, np.uint8), image)
-    changed = infer_json(server, "volume 2", k=10, label_prompt=["case"])
+    changed = infer_json(server, "volume 2", k=6, label_prompt=["case"])
     assert not np.any(changed["confidence"]["case"])  # "case" is nowhere now, and known to be
 
     remove_label(server, "volume 1")
-    gone = infer_json(server, "volume 2", k=10)
+    gone = infer_json(server, "volume 2", k=6)
     assert references(gone) == {"volume 0"}
     assert gone["label_names"].keys() == {"ball", "box"}
 
     # dropped into the folder by hand, without any name
     write_labels(file, ball(1), image)
-    dropped = infer_json(server, "volume 2", k=10)
+    dropped = infer_json(server, "volume 2", k=6)
     assert references(dropped) == {"volume 0", "volume 1"}
     assert "label_1" in dropped["label_names"]
     file.unlink()
-    assert references(infer_json(server, "volume 2", k=10)) == {"volume 0"}
+    assert references(infer_json(server, "volume 2", k=6)) == {"volume 0"}
 
 
 def test_a_volume_drawn_in_two_slices_is_finished_from_them(
     server: Server, client: MONAILabelClient, tmp_path: Path
 ) -> None:
     drawn = np.zeros(SHAPE, np.uint8)
-    for index in (0, 4):
+    for index in (0, 2):
         drawn[:, :, index] = ball(2)[:, :, index]
-    drawn[30:33, 30:33, 4] = 0  # a whim of the annotator, to be left as it is
+    drawn[30:33, 30:33, 2] = 0  # a whim of the annotator, to be left as it is
     image = server.studies / "volume 2.nii.gz"
     submit(client, "volume 2", write_labels(tmp_path / "l2.nii.gz", drawn, image), ["ball"])
     file, answer = client.infer("refseg", "volume 2", QUICK)
     result = nib.load(file).get_fdata()
-    np.testing.assert_array_equal(result[:, :, [0, 4]], drawn[:, :, [0, 4]])
-    assert dice(result[:, :, 2] > 0, ball(2)[:, :, 2]) > 0.8
+    np.testing.assert_array_equal(result[:, :, [0, 2]], drawn[:, :, [0, 2]])
+    assert dice(result[:, :, 1] > 0, ball(2)[:, :, 1]) > 0.8
     assert answer["own_slices"] == 2
-    assert {row["slice"] for row in answer["references"]["ball"]} == {0, 4}
+    assert {row["slice"] for row in answer["references"]["ball"]} == {0, 2}
 
     without = infer_json(server, "volume 2", own_labels=False)
     assert without["references"] == {"ball": []}  # there is no other image to refer to
@@ -302,20 +302,21 @@ def test_a_label_that_does_not_fit_is_named_and_the_others_serve(
 def test_the_next_image_is_neither_labelled_nor_another_clients(
     server: Server, taught: None, tmp_path: Path
 ) -> None:
-    given = set()
     total = server.get("/info/").json()["datastore"]["total"]
-    for number in range(total - 1):
-        other = MONAILabelClient(server.url, str(tmp_path), client_id=f"client {number}")
-        sample = other.next_sample("refseg", {})
-        assert sample["id"] == other.next_sample("random", {})["id"]  # asked again: the same
+    given: list[str] = []
+    for number in range(total):
+        client = MONAILabelClient(server.url, str(tmp_path), client_id=f"client {number}")
+        sample = client.next_sample("refseg", {})
+        if not sample:
+            break
+        assert sample["id"] == client.next_sample("random", {})["id"]  # asked again: the same
         assert Path(sample["path"]).is_file()
-        given.add(sample["id"])
-    assert len(given) == total - 1
+        given.append(sample["id"])
+    assert len(given) == len(set(given))
+    assert total - 2 <= len(given) <= total - 1  # another test's client may hold one
     assert "volume 0" not in given
-    assert (
-        MONAILabelClient(server.url, str(tmp_path), client_id="late").next_sample("refseg", {})
-        == {}
-    )
+    late = MONAILabelClient(server.url, str(tmp_path), client_id="late")
+    assert late.next_sample("refseg", {}) == {}
 
 
 def test_batch_results_are_no_references(server: Server, taught: None) -> None:
@@ -341,7 +342,7 @@ def test_labels_that_came_while_the_server_was_down_are_seen(
     client = MONAILabelClient(server.url, str(tmp_path_factory.mktemp("client")))
     label = write_labels(tmp_path / "l.nii.gz", ball(0), studies / "v0.nii.gz")
     submit(client, "v0", label, ["ball"])
-    first = infer_json(server, "v2", k=10)
+    first = infer_json(server, "v2", k=6)
     assert references(first) == {"v0"}
     assert "box" in first["message"]  # asked for by --conf labels, and never drawn
     server.stop()
@@ -355,7 +356,7 @@ def test_labels_that_came_while_the_server_was_down_are_seen(
     deadline = time.monotonic() + 60
     while "sync" not in server.log and time.monotonic() < deadline:
         time.sleep(0.2)
-    again = infer_json(server, "v2", k=10)
+    again = infer_json(server, "v2", k=6)
     assert {"renamed", "v1"} >= references(again) > set()
     server.stop()
     assert "Traceback" not in server.log

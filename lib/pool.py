@@ -1,0 +1,139 @@
+"""The pool: embeddings of all images of a datastore, computed bit by bit, out of the way."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import ImageError
+from lib.memory.pool import EmbeddingPool
+from lib.types import FloatArray
+
+logger = logging.getLogger(__name__)
+
+
+class Pool:
+    """Computes what is missing: some within a call, the rest in a thread that makes way.
+
+    Args:
+        open_pool: opens what is stored; called once, when it is first needed.
+        embed: path of an image -> (M, E) unit vectors.
+    """
+
+    def __init__(
+        self, open_pool: Callable[[], EmbeddingPool], embed: Callable[[Path], FloatArray]
+    ) -> None:
+        self._open_pool = open_pool
+        self._embed_file = embed
+        self._opened: EmbeddingPool | None = None
+        self._open_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._unreadable: dict[str, tuple[str, int]] = {}
+        self._requests = 0
+        self._idle = threading.Event()
+        self._idle.set()
+
+    @property
+    def _stored(self) -> EmbeddingPool:
+        with self._open_lock:
+            if self._opened is None:
+                self._opened = self._open_pool()
+            return self._opened
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def embeddings(
+        self, paths: Mapping[str, Path], *, first: Collection[str] = (), seconds: float
+    ) -> dict[str, FloatArray]:
+        """Embeddings of the datastore's images, computed once and kept.
+
+        What is missing is computed for so long, one image at least, and then in the background.
+
+        Args:
+            paths: image id -> file, of all images.
+            first: ids to compute before the others.
+            seconds: how long to compute within this call.
+
+        Returns:
+            id -> (M, E) of the images that are embedded by now.
+        """
+        deadline = time.monotonic() + seconds
+        known = self._stored.known(paths)
+        missing = sorted(paths.keys() - known, key=lambda name: (name not in first, name))
+        computed = 0
+        late = {}
+        for image_id in missing:
+            path = paths[image_id]
+            if self._is_embedded(image_id, path):
+                known.add(image_id)
+            elif not computed or time.monotonic() < deadline:
+                if self._embed(image_id, path):
+                    known.add(image_id)
+                    computed += 1
+            else:
+                late[image_id] = path
+        if late:
+            self._embed_soon(late)
+        ids = sorted(known)
+        vectors, owners = self._stored.gather(ids)
+        return {ids[owner]: vectors[owners == owner] for owner in np.unique(owners)}
+
+    def _is_embedded(self, image_id: str, path: Path) -> bool:
+        """Whether the pool has it, be it under another name or of a file too young to tell."""
+        try:
+            return self._stored.get(image_id, path) is not None
+        except OSError:
+            return False
+
+    def _embed(self, image_id: str, path: Path) -> bool:
+        """Compute one image's embeddings; False where it cannot be read."""
+        mark = (str(path), path.stat().st_mtime_ns if path.exists() else 0)
+        if self._unreadable.get(image_id) == mark:
+            return False
+        try:
+            self._stored.put(image_id, path, self._embed_file(path))
+        except (ImageError, OSError) as error:
+            logger.warning("%s is not compared with the others: %s", image_id, error)
+            self._unreadable[image_id] = mark
+            return False
+        return True
+
+    def _embed_soon(self, paths: Mapping[str, Path]) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._embed_all, args=(paths,), name="refseg-pool", daemon=True
+                )
+                self._thread.start()
+
+    def _embed_all(self, paths: Mapping[str, Path]) -> None:
+        try:
+            for image_id, path in paths.items():
+                self._idle.wait()  # a person who waits for a mask comes first
+                if not self._is_embedded(image_id, path):
+                    self._embed(image_id, path)
+        except Exception:
+            logger.exception("the comparison of unlabelled images ended early")
+        finally:
+            with self._lock:
+                self._thread = None
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While a request is answered, background work on the pool pauses between images."""
+        with self._lock:
+            self._requests += 1
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
+                if not self._requests:
+                    self._idle.set()
