@@ -49,6 +49,8 @@ def main() -> int:
     draw(rows, picture)
     (WORK / "rounds.json").write_text(json.dumps(record, indent=1))
     console.rule()
+    console.print("Cells and brains are kinds of pictures that the bundled network was trained on;")
+    console.print("docs/results.md has the numbers for kinds that it has never seen.")
     console.print(
         f"Picture: {picture.relative_to(REPOSITORY)} (best, median, worst of the last round)"
     )
@@ -113,7 +115,7 @@ def table(study: Study, played: Sequence[Round]) -> Table:
     """Dice round by round and label by label, over the same images in all rounds."""
     images = held_out(played)
     result = Table(title=f"Dice on the {len(images)} images that are never labelled")
-    result.add_column("labelled images", justify="right")
+    result.add_column("labelled", justify="right")
     for name in study.label_names.values():
         result.add_column(name, justify="right")
     result.add_column("mean", justify="right")

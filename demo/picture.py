@@ -1,6 +1,6 @@
 """Draws what the demo saw: image, two of its references, RefSeg's mask, the truth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def panels(row: Row) -> list[tuple[str, Pixels]]:
     study, answer = row.study, row.answer
     query = load(study.image(answer.image_id))
     truth = load(study.truth[answer.image_id])
-    depth = richest_slice(truth)
+    depth = richest_slice(truth, heights_of(answer.params))
     grey = shades(query, depth)
     known = {name: value for value, name in study.label_names.items()}
     result = [(f"{row.title}: {answer.image_id}", paint(grey, truth[..., depth], {}))]
@@ -84,7 +84,7 @@ def reference_panel(study: Study, answer: Answer, depth: int, place: int) -> tup
 def references_of(params: Mapping[str, Any], depth: int) -> list[tuple[str, int]]:
     """Image and slice of the references used: those nearest in height, then the most similar.
 
-    The answer names the references of the whole volume; the ones of this slice lie at its height.
+    The answer names the references of the whole volume, the most similar ones only.
     """
     similarity: dict[tuple[str, int], float] = {}
     for rows in params["references"].values():
@@ -92,6 +92,11 @@ def references_of(params: Mapping[str, Any], depth: int) -> list[tuple[str, int]
             place = (str(row["image"]), int(row["slice"]))
             similarity[place] = max(float(row["similarity"]), similarity.get(place, -1.0))
     return sorted(similarity, key=lambda place: (abs(place[1] - depth), -similarity[place]))
+
+
+def heights_of(params: Mapping[str, Any]) -> set[int]:
+    """The slices that the named references come from."""
+    return {int(row["slice"]) for rows in params["references"].values() for row in rows}
 
 
 def load(path: Path) -> Voxels:
@@ -107,11 +112,14 @@ def load(path: Path) -> Voxels:
     return np.asarray(turned).transpose(1, 0, 2)
 
 
-def richest_slice(truth: Voxels) -> int:
-    """The slice where the rarest of the labels has most pixels."""
+def richest_slice(truth: Voxels, heights: Collection[int]) -> int:
+    """The slice where the rarest of the labels has most pixels, at a reference's height if any."""
     values = [value for value in np.unique(truth) if value > 0]
-    counts = np.stack([(truth == value).sum(axis=(0, 1)) for value in values])
-    return int(np.argmax(counts.min(axis=0) if counts.size else 0))
+    if not values:
+        return truth.shape[2] // 2
+    rarest = np.min([(truth == value).sum(axis=(0, 1)) for value in values], axis=0)
+    allowed = [height for height in heights if height < truth.shape[2]] or range(truth.shape[2])
+    return max(allowed, key=lambda height: (int(rarest[height]), -height))
 
 
 def shades(slices: Voxels, depth: int) -> Pixels:

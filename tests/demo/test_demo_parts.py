@@ -69,7 +69,8 @@ def test_the_richest_slice_holds_every_label() -> None:
     truth[..., 0] = 1
     truth[:2, :, 1], truth[2:, :, 1] = 1, 2
     truth[0, 0, 2] = 2
-    assert richest_slice(truth) == 1
+    assert richest_slice(truth, set()) == 1
+    assert richest_slice(truth, {2, 7}) == 2
 
 
 def test_a_failed_server_is_told_by_the_end_of_its_log(tmp_path: Path) -> None:
