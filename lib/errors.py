@@ -1,4 +1,4 @@
-"""RefSeg's errors: each message says what is wrong, the value, what is allowed and the next step."""
+"""RefSeg's errors: each message says what is wrong, the value, what is allowed, the next step."""
 
 
 class RefSegError(Exception):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lib.annotation import Annotation
 from lib.types import IntArray, Match, Prediction, SliceKey
 
 
@@ -48,7 +49,8 @@ class Segmentation:
         label_map: (I, J, K) int32 on the canonical grid; value v is `labels[v - 1]`.
         labels: the labels that references knew, in the order asked for.
         confidence: expected Dice of each label in 0..1: mask quality times presence times
-            similarity of the references, averaged over the area found; 0 where nothing was found.
+            similarity of the references, averaged over the area found; own slices count as
+            certain; 0 where nothing was found.
         references: for each label the references used, nearest first.
         seconds: time by stage.
         slices: number of slices.
@@ -101,6 +103,13 @@ class Tally:
             belief = float(prediction.quality[row] * prediction.presence[row]) * similarity
             self._area[name] += int(areas[row])
             self._belief[name] += int(areas[row]) * min(1.0, belief)
+
+    def add_own(self, annotation: Annotation, names: Sequence[str]) -> None:
+        """Count the annotator's own slices, of which nothing is in doubt."""
+        for name in annotation.values.keys() & set(names):
+            area = int((annotation.label_map == annotation.values[name]).sum())
+            self._area[name] += area
+            self._belief[name] += area
 
     def confidence(self, label: str) -> float:
         """Mean belief over the area found, 0..1; 0 where nothing was found."""

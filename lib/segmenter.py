@@ -191,6 +191,7 @@ class ReferenceEngine:
             label_map = assemble(result, axis)
             if annotation is not None:
                 label_map = put_back(label_map, annotation, names)
+                tally.add_own(annotation, names)
         return Segmentation(
             label_map=label_map,
             labels=names,

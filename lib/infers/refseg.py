@@ -95,12 +95,15 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         synced = time.perf_counter()
         numbers = self._numbered(self._runtime.known_labels())
         names = chosen_labels(wanted.prompt, numbers)
+        own = find_by_path(labelled, str(wanted.path))
+        if own is not None and own.image_id in dict(report.failed):
+            own = None  # its label cannot be used, which `warnings` tell; the image can
         found = self._runtime.engine.segment(
             image,
             self._runtime.bank,
             labels=names,
             options=wanted.options,
-            own=find_by_path(labelled, str(wanted.path)),
+            own=own,
             on_progress=progress_logger(f"segmenting {wanted.path.name}"),
         )
         values = {name: value for value, name in enumerate(found.labels, start=1)}
@@ -161,14 +164,14 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         }
 
     def _numbered(self, names: Sequence[str]) -> dict[str, int]:
-        """Name -> number of `/info`. A name keeps its number while the server runs.
+        """Name -> number of `/info`, ascending. A name keeps its number while the server runs.
 
-        OHIF asks `/info` once and reads all later results by it, so a label that turns up later
-        must not shift the others.
+        OHIF asks `/info` once and reads all later results by it, so a label that turns up later,
+        or is gone, must not shift the others.
         """
         for name in names:
             self._numbers.setdefault(name, len(self._numbers) + 1)
-        return dict(self._numbers)
+        return {name: number for name, number in self._numbers.items() if name in set(names)}
 
 
 def _write(

@@ -185,6 +185,7 @@ def test_a_saved_label_is_a_reference_of_the_very_next_request(
     gone = infer_json(server, "volume 2", k=6)
     assert references(gone) == {"volume 0"}
     assert gone["label_names"].keys() == {"ball", "box"}
+    assert gone["message"] == ""
 
     # dropped into the folder by hand, without any name
     write_labels(file, ball(1), image)
@@ -297,6 +298,7 @@ def test_a_label_that_does_not_fit_is_named_and_the_others_serve(
     answer = infer_json(server, "volume 1")
     assert any("picture_1" in warning for warning in answer["warnings"])
     assert references(answer) == {"volume 0"}
+    assert references(infer_json(server, "picture_1")) == {"volume 0"}
 
 
 def test_the_next_image_is_neither_labelled_nor_another_clients(
