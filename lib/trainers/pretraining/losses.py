@@ -41,7 +41,9 @@ def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
     vote_dice = (1 - soft_dice(output.votes[:, :, :-1], small[:, None])).mean(1)
     vote_loss = vote_ce + (vote_dice * present).sum() / n_present
 
-    presence = F.binary_cross_entropy_with_logits(output.presence, present.float())
+    # Absence is rare in the episodes and matters as much as presence.
+    rarity = torch.where(present, 1.0, 4.0)
+    presence = F.binary_cross_entropy_with_logits(output.presence, present.float(), weight=rarity)
     won = (
         scores.argmax(1)[:, None] == torch.arange(1, scores.shape[1])[None, :, None, None]
     ).float()
@@ -49,5 +51,5 @@ def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
     quality = (
         F.binary_cross_entropy_with_logits(output.quality, achieved, reduction="none") * present
     ).sum() / n_present
-    loss = dice_loss + cross_entropy + focal + 0.3 * vote_loss + 0.1 * presence + 0.1 * quality
+    loss = dice_loss + cross_entropy + focal + 0.3 * vote_loss + 0.2 * presence + 0.1 * quality
     return loss, ((dice * present).sum() / n_present).detach()

@@ -173,6 +173,9 @@ class TaskSource:
             ),
             mode="nearest",
         )[:, 0].long()
+        for i in range(n):  # some subjects lack a part: a label must be allowed to be absent
+            if parts > 2 and self.rng.random() < 0.35:
+                maps[i][maps[i] == int(self.rng.integers(1, parts))] = 0
         color = self.rng.random() < 0.25
         channels = 3 if color else 1
         contrast = torch.rand(parts, channels, generator=self.generator)
