@@ -201,7 +201,7 @@ def label_names(info: Mapping[str, Any]) -> dict[int, str]:
     """
     listed = info.get("label_info")
     if isinstance(listed, list):
-        names = [str(entry.get("name", "")) for entry in listed if isinstance(entry, Mapping)]
+        names = [str(entry.get("name") or "") for entry in listed if isinstance(entry, Mapping)]
         kept = [name for name in names if name and name not in NOT_EXPORTED]
         return dict(enumerate(kept, start=1))
     params = info.get("params")

@@ -26,7 +26,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
-from lib.datastore import StudiesDatastore, labelled_images
+from lib.datastore import StudiesDatastore, label_names, labelled_images
 from lib.infers.batch import RefSegBatch
 from lib.infers.refseg import RefSeg
 from lib.runtime import Runtime
@@ -65,7 +65,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task, whatever the networks."""
-        return {"refseg": RefSeg(self._runtime, self._labelled)}
+        self._task = RefSeg(self._runtime, self._labelled)
+        return {"refseg": self._task}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
@@ -92,6 +93,12 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Start learning a new label; the next request waits for it. Never raises: it is stored."""
         super().on_save_label(image_id, label_id)
+        try:
+            for tag in self._settings.tags:
+                info = self.datastore().get_label_info(label_id, tag)
+                self._task.announce(label_names(info).values())
+        except Exception:
+            logger.exception("the names of the label of %s cannot be told yet", image_id)
         self._runtime.sync_soon(self._labelled)
         return {"refseg": "being learned; the next segmentation refers to it"}
 

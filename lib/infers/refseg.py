@@ -4,7 +4,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         self._runtime = runtime
         self._list_labels = list_labels
         self._numbers: dict[str, int] = {}
+        self._announced: tuple[str, ...] = ()
 
     def is_valid(self) -> bool:
         """Always: what is missing is said in the answer to a request."""
@@ -59,9 +60,20 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
     def info(self) -> dict[str, Any]:
         """What `/info` shows; asked for at every request, so it never waits and never raises."""
         found: dict[str, Any] = super().info()
-        found["labels"] = self._numbered(self._runtime.known_labels())
+        known = self._runtime.known_labels()
+        if not self._runtime.settings.labels:
+            known = tuple(dict.fromkeys((*known, *self._announced)))
+        found["labels"] = self._numbered(known)
         found["segmenter"], found["embedder"] = self._runtime.names()
         return found
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Name labels that were just saved and are being learned, so that `/info` has them at once.
+
+        3D Slicer asks `/info` when a label is saved, and segments the next image by itself only if
+        a task has one of the labels named there.
+        """
+        self._announced = tuple(dict.fromkeys((*self._announced, *names)))
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """Answer one request with a file and what is to be known of it.
@@ -92,6 +104,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         extension = _result_extension(wanted, image)
         read = time.perf_counter()
         labelled, report = self._runtime.sync(self._list_labels)
+        self._announced = ()
         synced = time.perf_counter()
         numbers = self._numbered(self._runtime.known_labels())
         names = chosen_labels(wanted.prompt, numbers)

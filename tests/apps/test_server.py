@@ -224,8 +224,8 @@ def test_a_volume_drawn_in_two_slices_is_finished_from_them(
 
 
 def test_a_prompt_chooses_labels_by_name_or_by_number(server: Server, taught: None) -> None:
-    numbers = server.get("/info/").json()["models"]["refseg"]["labels"]
     assert infer_json(server, "volume 1", label_prompt=["box"])["label_names"] == {"box": 1}
+    numbers = server.get("/info/").json()["models"]["refseg"]["labels"]
     as_ohif = {"label_prompt": [numbers["box"]], "restore_label_idx": False}
     assert infer_json(server, "volume 1", **as_ohif)["label_names"] == {"box": numbers["box"]}
     wrong = server.post_infer("volume 1", {"label_prompt": ["liver"]})

@@ -119,6 +119,10 @@ def test_a_first_session_in_slicer(slicer: Slicer) -> None:
     assert answer["label"] == first
     assert slicer.info["datastore"]["completed"] == 1
 
+    # Slicer runs a model by itself on the next sample only if it has one of these labels.
+    assert {"ball", "box"} <= set(slicer.info["labels"])
+    assert {"ball", "box"} <= slicer.info["models"]["refseg"]["labels"].keys()
+
     # The next sample is another one, and it comes segmented, value i + 1 for the i-th name.
     sample = slicer.next_sample()
     second = sample["id"]
