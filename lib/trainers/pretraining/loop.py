@@ -195,7 +195,9 @@ def load_imagenet(net: MatchSegNet, path: Path) -> None:
     from safetensors.torch import load_file
 
     source = load_file(path)
-    modules: list[tuple[torch.nn.Conv2d, str, str]] = [(net.encoder.stem[-2], "0.0", "0.1")]
+    stem = net.encoder.stem[-2]
+    assert isinstance(stem, torch.nn.Conv2d)
+    modules = [(stem, "0.0", "0.1")]
     for i, block in enumerate(net.encoder.blocks):
         convs = [m for m in block.modules() if isinstance(m, torch.nn.Conv2d)]
         names = [(f"{i + 1}.conv.{j}.0", f"{i + 1}.conv.{j}.1") for j in range(len(convs) - 1)]
