@@ -139,7 +139,7 @@ def fetch(name: str, folder: Path | None = None, *, on_progress: Progress | None
                     tqdm_class=_reporter(file.name, on_progress),
                 )
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a lost connection is an error of the hub's HTTP library
             msg = (
                 f"{file.name} of huggingface.co/{weights.repo} could not be fetched "
                 f"({type(error).__name__}: {error}). Check the connection and HF_HUB_OFFLINE, and "

@@ -120,6 +120,7 @@ class Hub(BaseHTTPRequestHandler):
 
     requests: list[str]
     broken: bool
+    dead = False  # every connection breaks before the first byte
 
     def _headers(self, content: bytes, start: int) -> None:
         self.send_response(206 if start else 200)
@@ -142,6 +143,9 @@ class Hub(BaseHTTPRequestHandler):
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked.group(1)) if asked else 0
         type(self).requests.append(f"{self.path} from {start}")
+        if type(self).dead:
+            self.connection.close()
+            return
         self._headers(content, start)
         if content is CONTENT and not type(self).broken:
             type(self).broken = True
@@ -217,6 +221,15 @@ def test_fetched_weights_with_a_wrong_checksum_are_removed(tmp_path):
     assert "it was removed" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "toy" / "model.safetensors").exists()
+
+
+def test_a_connection_that_stays_lost_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "dead", True)
+    with hub() as endpoint:
+        done = fetch_in_a_child(tmp_path, None, HF_ENDPOINT=endpoint)
+    assert done.returncode == 1
+    assert "goes on where it stopped" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_offline_mode_is_respected_and_explained(tmp_path):
