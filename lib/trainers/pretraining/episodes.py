@@ -52,6 +52,8 @@ class EpisodeMaker:
         grid = self._grid(n, 1 - task.rigid)
         images = warp(images, grid, mode="bilinear")
         labels = warp(labels[:, None].float(), grid, mode="nearest")[:, 0].long()
+        if self.rng.random() < 0.5:
+            images, labels = self._erase(images, labels)
         images = self._tone(images, color=task.color)
         n_labels = max(int(labels.max()), 1)
         masks = F.one_hot(labels, n_labels + 1)[..., 1:].permute(0, 3, 1, 2).float()
@@ -94,6 +96,32 @@ class EpisodeMaker:
         grid = F.affine_grid(theta, [n, 1, side, side], align_corners=False)
         bend = (0.01 + 0.05 * strength) * noise(n, 2, side, 4, g).permute(0, 2, 3, 1)
         return grid + bend
+
+    def _erase(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Paint over a label in some of the images, so that it is absent amid its usual neighbors.
+
+        The gap takes the mean of what lies around it, and grain. Small sets hold few slices on
+        which a structure is missing, and a network that never met one paints it everywhere.
+        """
+        images, labels = images.clone(), labels.clone()
+        for i in range(len(images)):
+            value = int(self.rng.integers(1, max(int(labels.max()), 1) + 1))
+            gap = labels[i] == value
+            if self.rng.random() > 0.4 or not bool(gap.any()) or float(gap.float().mean()) > 0.4:
+                continue
+            near = F.max_pool2d(gap[None].float(), 5, 1, 2)  # the rim, too, tells of what was there
+            width = int(self.rng.integers(8, 20)) * 2 + 1
+            keep = 1 - near
+            total = F.avg_pool2d(keep, width, 1, width // 2)
+            around = F.avg_pool2d(images[i] * keep, width, 1, width // 2) / total.clamp_min(1e-3)
+            whole = (images[i] * keep).mean((1, 2), keepdim=True) / keep.mean().clamp_min(1e-3)
+            around = torch.where(total > 0.02, around, whole)
+            grain = float(self.rng.uniform(0, 0.08)) * torch.randn(
+                1, *near.shape[1:], generator=self.generator
+            )
+            images[i] = torch.where(near > 0, around + grain, images[i])
+            labels[i][gap] = 0
+        return images, labels
 
     def _tone(self, images: Tensor, *, color: bool) -> Tensor:
         """Contrast by task, then a little by image."""

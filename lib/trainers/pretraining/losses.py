@@ -18,9 +18,8 @@ def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of B queries, masks (B, L, S, S) 0/1 floats.
 
     Labels and background compete: the class probabilities are a softmax over the scores with
-    background at zero, which is what inference decides by. Dice counts only labels that are
-    there; the rest is the business of cross entropy (absent labels included). Returns the loss and
-    the mean soft Dice of present labels, detached.
+    background at zero, which is what inference decides by. Returns the loss and the mean soft Dice
+    of the labels that are there, detached.
     """
     target = torch.cat([1 - masks.sum(1, keepdim=True), masks], 1).argmax(1)  # (B, S, S)
     scores = torch.cat([torch.zeros_like(output.scores[:, :1]), output.scores], 1)
@@ -32,7 +31,10 @@ def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
     dice = soft_dice(probabilities, masks)
     present = masks.amax((2, 3)) > 0
     n_present = present.sum().clamp_min(1)
-    dice_loss = ((1 - dice) * present).sum() / n_present
+    # What is painted of an absent label counts as well, softened by an area of 200 pixels: without
+    # it the network learns to paint whatever might be there.
+    painted = probabilities.sum((2, 3)) / (probabilities.sum((2, 3)) + 200)
+    dice_loss = torch.where(present, 1 - dice, painted).mean()
 
     # The vote by itself, every head: it is the floor that the decoder stands on.
     small = F.avg_pool2d(masks, 8)
