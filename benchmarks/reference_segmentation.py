@@ -121,12 +121,15 @@ def copy_floor(
     axis = through_plane_axis(image)
     pictures = cut(image, axis)
     by_id = {b.image_id: b for b in data.bank}
+    matches = [
+        bank.nearest(engine.embedder.embed([picture]), 1, labels=data.names)[0][0]
+        for picture in pictures
+    ]
+    truths = {m.key.image_id: true_map(by_id[m.key.image_id])[0] for m in matches}
     found = []
-    for i in range(len(pictures)):
-        vector = engine.embedder.embed([pictures[i]])
-        match = bank.nearest(vector, 1, labels=data.names)[0][0]
-        truth, _ = true_map(by_id[match.key.image_id])
-        mask = torch.from_numpy(truth[match.key.index].astype(np.float32))[None, None]
+    for i, match in enumerate(matches):
+        truth = truths[match.key.image_id][match.key.index].astype(np.float32)
+        mask = torch.from_numpy(truth)[None, None]
         size = pictures[i].shape[:2]
         found.append(F.interpolate(mask, size=size, mode="nearest-exact")[0, 0].numpy())
     return np.stack(found).astype(np.int32)
