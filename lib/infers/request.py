@@ -11,6 +11,8 @@ from lib.errors import RequestError
 from lib.segmentation import Options
 from lib.settings import parse_axis, parse_window
 
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+
 
 @dataclass(frozen=True)
 class SegmentRequest:
@@ -130,11 +132,7 @@ def _extension(value: Any) -> str:
 def _largest(value: Any) -> int:
     if value in (None, ""):
         return int(np.iinfo(np.uint16).max)
-    try:
-        dtype = np.dtype(str(value))
-    except TypeError:
-        dtype = np.dtype("O")
-    if dtype.kind not in "iu":
-        msg = f"result_dtype {value!r} is not allowed; label maps are uint8 or uint16."
+    if value not in DTYPES:  # numpy itself would parse "i4,," and raise whatever it likes
+        msg = f"result_dtype {value!r} is not allowed; allowed are {', '.join(DTYPES)}."
         raise RequestError(msg)
-    return min(int(np.iinfo(dtype).max), int(np.iinfo(np.uint16).max))
+    return min(int(np.iinfo(value).max), int(np.iinfo(np.uint16).max))

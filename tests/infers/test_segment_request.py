@@ -66,12 +66,21 @@ def test_a_prompt_is_a_list_of_names_or_numbers(
         {"label_prompt": {"liver": 1}},
         {"result_dtype": "float32"},
         {"result_dtype": "no type"},
+        {"result_dtype": "i4,,"},
+        {"result_dtype": ["uint8"]},
         {"result_compress": "a bit"},
     ],
 )
 def test_what_is_not_allowed_is_named(request_: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(request_))):
         parse(**request_)
+
+
+def test_a_type_is_one_that_clients_send() -> None:
+    assert parse(result_dtype="uint8").largest == 255
+    assert parse(result_dtype="int16").largest == 32767
+    for name in ("uint16", "int32", "int64", "", None):
+        assert parse(result_dtype=name).largest == 65535
 
 
 def test_chosen_labels_keep_the_order_of_their_numbers() -> None:
