@@ -270,10 +270,9 @@ def _own_slices(
     nothing = np.zeros((0, 0), np.float32)
     if own is None or annotation is None or not annotation.labels & set(names):
         return _OwnSlices(own.image_id if own else None, (), (), nothing)
-    keys, embeddings = bank.embeddings()
-    rows = [row for row, key in enumerate(keys) if key.image_id == own.image_id]
-    labels = tuple(name for name in names if name in annotation.labels) if rows else ()
-    return _OwnSlices(own.image_id, labels, tuple(keys[row] for row in rows), embeddings[rows])
+    keys, embeddings = bank.embeddings(own.image_id)
+    labels = tuple(name for name in names if name in annotation.labels) if keys else ()
+    return _OwnSlices(own.image_id, labels, tuple(keys), embeddings)
 
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -202,9 +202,16 @@ class MemoryBank:
         """On how many slices each label is present, and annotated but absent."""
         return MappingProxyType(self._with_view(lambda view: view.counts()))
 
-    def embeddings(self) -> tuple[list[SliceKey], FloatArray]:
-        """All keys in order, and their embeddings (N, E)."""
-        entries = self._with_view(lambda view: list(view.entries()))
+    def embeddings(self, image_id: str | None = None) -> tuple[list[SliceKey], FloatArray]:
+        """All keys in order, or those of one image, and their embeddings (N, E)."""
+
+        def read(view: View) -> list[Entry]:
+            if image_id is None:
+                return list(view.entries())
+            found = [view.find(key) for key in view.keys_of(image_id)]
+            return [entry for entry in found if entry is not None]
+
+        entries = self._with_view(read)
         return [entry.key for entry in entries], embedding_matrix(entries)
 
     def status(self) -> BankStatus:

@@ -275,3 +275,16 @@ def test_more_references_than_the_exact_size_make_the_index_approximate(tmp_path
         len({m.key.index for m in a} & set(t.tolist())) for a, t in zip(answers, truth, strict=True)
     )
     assert hits >= 0.99 * truth.size
+
+
+def test_the_embeddings_of_one_image_are_its_own_rows_of_all(make_bank) -> None:
+    rows = np.eye(SIZE, dtype=np.float32)
+    bank, _ = make_bank(
+        {"a": [(3, rows[0], {"liver"}, set()), (1, rows[1], set(), {"liver"})],
+         "b": [(1, rows[2], {"liver"}, set())]}
+    )  # fmt: skip
+    keys, vectors = bank.embeddings("a")
+    assert keys == [SliceKey("a", 2, 1), SliceKey("a", 2, 3)]
+    np.testing.assert_array_equal(vectors, rows[[1, 0]])
+    assert len(bank.embeddings()[0]) == 3
+    assert bank.embeddings("nobody")[0] == []
