@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import WeightsError
+from lib.errors import RefSegError, WeightsError
+from lib.models.devices import in_batches, is_out_of_memory
 from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
 from lib.types import Features, FloatArray, Memory, Prediction
 
@@ -20,6 +22,7 @@ THUMBNAIL = 16  # side of the small grey picture in the embedding
 THUMBNAIL_WEIGHT = 0.7
 ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
+OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
 VERSION = 1  # raised when a stored memory would no longer fit although the weights are the same
 
 
@@ -82,7 +85,8 @@ class MatchSegSegmenter:
     """`ReferenceSegmenter` of the bundled network (or of any weights of its kind).
 
     Images are stretched to the square working grid; masks are averaged onto it, so that a
-    structure smaller than a working pixel still leaves its share. Holds no state between calls.
+    structure smaller than a working pixel still leaves its share. Holds no state between calls but
+    the number of images that the device has room for.
     """
 
     name = "matchseg"
@@ -94,6 +98,7 @@ class MatchSegSegmenter:
         self.fingerprint = f"matchseg-v{VERSION}-{digest[:16]}-{self.size}"
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._net = net.to(self._device).eval()
+        self._encode_batch = ENCODE_BATCH
 
     @classmethod
     def load(
@@ -119,18 +124,22 @@ class MatchSegSegmenter:
     @torch.inference_mode()
     def encode(self, images: Sequence[FloatArray]) -> list[Features]:
         """See `ReferenceSegmenter.encode`. Maps: descriptor, tokens, fine maps of strides 4, 2."""
-        features = []
-        for start in range(0, len(images), ENCODE_BATCH):
-            batch = torch.stack([self._fit(i) for i in images[start : start + ENCODE_BATCH]])
+
+        def run(part: slice) -> list[Features]:
+            batch = torch.stack([self._fit(image) for image in images[part]])
             ready = standardize(batch).to(self._device, memory_format=torch.channels_last)
             encoded = self._net.encode(ready)
             vectors = _embedding(encoded.descriptor, ready)
             maps = (encoded.descriptor, encoded.tokens, encoded.fine4, encoded.fine2)
-            features += [
+            return [
                 Features(tuple(m[i] for m in maps), vectors[i], self.fingerprint)
                 for i in range(len(batch))
             ]
-        return features
+
+        parts, self._encode_batch = in_batches(
+            run, len(images), batch=self._encode_batch, hint=OUT_OF_MEMORY_HINT
+        )
+        return [features for part in parts for features in part]
 
     @torch.inference_mode()
     def remember(self, features: Features, masks: Tensor) -> Memory:
@@ -139,7 +148,8 @@ class MatchSegSegmenter:
         shares = F.interpolate(
             masks.to(self._device).float()[None], size=side, mode="bilinear", antialias=True
         )
-        kept = self._net.remember(_batch(features), shares)
+        with _room_for(len(masks), 1):
+            kept = self._net.remember(_batch(features), shares)
         rows = [
             kept.mask8[0],
             kept.tokens[0].flatten(1),
@@ -150,7 +160,16 @@ class MatchSegSegmenter:
 
     @torch.inference_mode()
     def segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
-        """See `ReferenceSegmenter.segment`."""
+        """See `ReferenceSegmenter.segment`.
+
+        Raises:
+            RefSegError: the device has no room for them. Labels see each other's votes (which
+                head to believe, the rival), so some at a time would give another result.
+        """
+        with _room_for(known.shape[1], len(references)):
+            return self._segment(query, references, known)
+
+    def _segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
         cells, tokens = (self.size // 8) ** 2, (self.size // 16) ** 2
         width = self._net.config.tokens
         rows = torch.stack([m.labels for m in references]).to(self._device).float()  # (R, L, ..)
@@ -195,6 +214,21 @@ class BundledEmbedder:
             features = self._segmenter.encode(images)
         vectors = [f.embedding for f in features if f.embedding is not None]
         return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+
+
+@contextmanager
+def _room_for(labels: int, references: int) -> Iterator[None]:
+    """Turn a device out of memory into an error that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        msg = (
+            f"The GPU ran out of memory with {labels} label(s) and {references} reference(s). "
+            f"{OUT_OF_MEMORY_HINT}"
+        )
+        raise RefSegError(msg) from error
 
 
 def _embedding(descriptor: Tensor, images: Tensor) -> FloatArray:

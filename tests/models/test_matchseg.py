@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.errors import WeightsError
+from lib.errors import RefSegError, WeightsError
 from lib.models.matchseg import (
     BundledEmbedder,
     MatchSegSegmenter,
@@ -14,7 +14,7 @@ from lib.models.matchseg import (
     save_weights,
     standardize,
 )
-from lib.models.network import MatchSegNet, NetworkConfig, grid
+from lib.models.network import Encoded, MatchSegNet, NetworkConfig, Output, Remembered, grid
 from lib.types import Memory
 
 
@@ -129,7 +129,6 @@ def test_an_empty_mask_is_remembered_as_absence(segmenter, pictures) -> None:
 
 
 def test_gradient_reaches_every_parameter(pictures) -> None:
-    from lib.models.network import Remembered
     from lib.trainers.pretraining.losses import episode_loss
 
     torch.manual_seed(0)
@@ -160,6 +159,36 @@ def test_embedding_is_a_unit_vector_taken_from_the_features(segmenter, pictures)
     vectors = embedder.embed(pictures, features)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(vectors, embedder.embed(pictures), atol=1e-5)
+
+
+class CrampedNet(MatchSegNet):
+    """On a device that has room for `room` images at once, and none for `segment`."""
+
+    room = 2
+
+    def encode(self, images: torch.Tensor) -> Encoded:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().encode(images)
+
+    def segment(self, query: Encoded, memory: Remembered, known: torch.Tensor) -> Output:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_device_that_is_too_small_gets_fewer_images_or_a_sentence(segmenter, pictures) -> None:
+    net = CrampedNet(segmenter._net.config)
+    net.load_state_dict(segmenter._net.state_dict())
+    cramped = MatchSegSegmenter(net, digest="0" * 64, device="cpu")
+    for ours, theirs in zip(cramped.encode(pictures), segmenter.encode(pictures), strict=True):
+        for one, other in zip(ours.maps, theirs.maps, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    memories = references(segmenter, pictures, 3)
+    query, known = segmenter.encode(pictures[:1])[0], torch.ones(4, 3, dtype=torch.bool)
+    with pytest.raises(RefSegError, match=r"3 label.* and 4 reference.*device=cpu"):
+        cramped.segment(query, memories, known)
+    net.room = 0
+    with pytest.raises(RefSegError, match="device=cpu"):
+        cramped.encode(pictures)
 
 
 def test_weights_survive_the_file_and_a_flipped_bit_is_refused(tmp_path: Path) -> None:
