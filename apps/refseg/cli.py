@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from apps.refseg.doctor import FAIL, Finding, examine
 from lib.errors import RefSegError, RequestError
@@ -57,7 +58,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (RefSegError, OSError) as error:
-            err.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+            err.print(Text.assemble(("error:", "bold red"), f" {error}"), highlight=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             err.print("stopped")
@@ -112,7 +113,7 @@ def weights_fetch(
     from lib.models.weights import fetch
 
     rows = []
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
         for name in names:
             task = bar.add_task(name, total=None)
@@ -284,7 +285,7 @@ def doctor(
     findings: list[Finding] = examine(_settings(conf, bank=bank), studies, APP_FOLDER)
     rows = [finding.row() for finding in findings]
     colors = {"ok": "green", "note": "yellow", "fail": "red"}
-    show = [{**row, "state": f"[{colors[row['state']]}]{row['state']}[/]"} for row in rows]
+    show = [{**row, "state": Text(row["state"], colors[row["state"]])} for row in rows]
     _tell(rows, show, as_json)
     if any(finding.state == FAIL for finding in findings):
         raise typer.Exit(1)
@@ -341,7 +342,8 @@ def _tell(data: Any, rows: Sequence[Any], as_json: bool, *, nothing: str = "noth
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        # as text: rich would take the brackets of a file's name for its markup
+        table.add_row(*(v if isinstance(v, Text) else Text(str(v)) for v in row.values()))
     out.print(table)
 
 

@@ -117,6 +117,20 @@ def test_errors_of_the_user_are_a_sentence_and_a_code(
     assert done.stdout == ""
 
 
+def test_brackets_in_names_are_printed_as_they_are(studies: Path, tmp_path: Path) -> None:
+    missing = run("infer", "a[/b]c.png", "--out", "o", "--bank", "b", cwd=tmp_path)
+    assert missing.returncode == 1
+    assert "error: a[/b]c.png does not exist" in " ".join(missing.stderr.split())
+    (studies / "scan[ax].png").write_bytes(b"no picture")
+    told = run(
+        "infer", studies / "scan[ax].png", "--studies", studies, "--bank", tmp_path / "bank",
+        "--out", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "scan[ax].png" in "".join(told.stdout.split())
+    assert "Traceback" not in missing.stderr + told.stderr
+
+
 def test_weights_are_listed_with_what_is_here(tmp_path: Path) -> None:
     rows = answer("weights", "list", "--weights", tmp_path, cwd=tmp_path)
     assert {"sam2.1-tiny", "dinov2-small", "clip"} <= {row["name"] for row in rows}
