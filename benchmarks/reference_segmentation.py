@@ -1,7 +1,8 @@
 """Dice by number of references, beside copying the most similar mask: `--help` for options.
 
 The bank holds 50 labelled slices (all there are, where fewer) of a set's bank cases, drawn with a
-seed; the maps are complete, so a drawn slice without a structure is a negative. Every target case
+seed from those that show any label (`--empty`: from all); the maps are complete, so a structure
+missing on a drawn slice is a negative. Every target case
 is segmented through the product's own engine and bank. Dice is per volume for 3D sets and per
 image for 2D ones, over the cases that show the label; intervals are 95 % bootstrap over cases.
 """
@@ -74,16 +75,15 @@ def read_set(data: Path, name: str) -> DataSet:
     )
 
 
-def draw_slices(bank: tuple[LabelledImage, ...], count: int, seed: int) -> set[SliceKey]:
-    """Draw `count` slices of the bank's cases, all slices alike."""
+def draw_slices(
+    bank: tuple[LabelledImage, ...], count: int, *, seed: int, empty: bool
+) -> set[SliceKey]:
+    """Draw `count` slices of the bank's cases; of those that show a label, or of all (`empty`)."""
     keys = []
     for labelled in bank:
-        image = read_image(labelled.image_path)
-        axis = through_plane_axis(image)
-        keys += [
-            SliceKey(labelled.image_id, axis, i)
-            for i in range(image.voxels.shape[axis] if image.kind == "volume" else 1)
-        ]
+        truth, axis = true_map(labelled)
+        kept = range(len(truth)) if empty else np.flatnonzero(truth.any((1, 2))).tolist()
+        keys += [SliceKey(labelled.image_id, axis, i) for i in kept]
     rng = np.random.default_rng(seed)
     picks = rng.choice(len(keys), size=min(count, len(keys)), replace=False)
     return {keys[i] for i in picks}
@@ -136,10 +136,16 @@ def copy_floor(
 
 
 def make_bank(
-    engine: ReferenceEngine, data: DataSet, folder: Path, *, slices: int, seed: int
+    engine: ReferenceEngine,
+    data: DataSet,
+    folder: Path,
+    *,
+    slices: int,
+    seed: int,
+    empty: bool = False,
 ) -> MemoryBank:
     """A bank of the drawn slices, through the product's own sync."""
-    chosen = draw_slices(data.bank, slices, seed)
+    chosen = draw_slices(data.bank, slices, seed=seed, empty=empty)
 
     def encode(labelled: LabelledImage) -> Iterator[Reference]:
         return (r for r in engine.references_of(labelled) if r.key in chosen)
@@ -156,6 +162,9 @@ def main(
     sets: Annotated[str, typer.Option(help="Names with commas; 'all'.")] = "all",
     ks: Annotated[str, typer.Option(help="Numbers of references.")] = "1,4,8,16",
     slices: Annotated[int, typer.Option(help="Labelled slices in the bank.")] = 50,
+    empty: Annotated[
+        bool, typer.Option("--empty", help="Draw the bank's slices from all, empty ones too.")
+    ] = False,
     targets: Annotated[int, typer.Option(help="At most so many cases, drawn; 0: all.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Weights; default: the bundled.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
@@ -187,7 +196,9 @@ def main(
                 rng = np.random.default_rng(seed)
                 cases = [cases[i] for i in sorted(rng.choice(len(cases), targets, replace=False))]
             with tempfile.TemporaryDirectory() as folder:
-                bank = make_bank(engine, chosen, Path(folder), slices=slices, seed=seed)
+                bank = make_bank(
+                    engine, chosen, Path(folder), slices=slices, seed=seed, empty=empty
+                )
                 task = progress.add_task(name, total=len(cases) * (len(numbers) + 1))
                 truths = {c.image_id: true_map(c)[0] for c in cases}
                 for k in [0, *numbers]:
@@ -204,6 +215,7 @@ def main(
             "segmenter": segmenter.fingerprint,
             "seed": seed,
             "slices": slices,
+            "empty": empty,
             "threads": threads,
             "targets": targets,
             "peak_gib": round(peak, 2),
