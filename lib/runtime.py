@@ -200,6 +200,12 @@ class Runtime:
                 self._worker = threading.Thread(target=self._work, name="refseg-sync", daemon=True)
                 self._worker.start()
 
+    @property
+    def learning(self) -> bool:
+        """Whether a sync of `sync_soon` is still to be done or under way."""
+        with self._worker_lock:
+            return self._worker is not None
+
     def warm_up(self) -> None:
         """Load the networks and run them once, so that the first request need not wait."""
         engine = self.engine

@@ -21,15 +21,11 @@ class Options:
         k: references for each slice.
         cap_per_case: at most so many references of one case; 0: no limit.
         own_labels: the image's own labelled slices are references and come back unchanged.
-        window: (low, high) intensities, or None for robust percentiles.
-        axis: canonical axis that is cut along, or None for the coarsest.
     """
 
     k: int = 8
     cap_per_case: int = 0
     own_labels: bool = True
-    window: tuple[float, float] | None = None
-    axis: int | None = None
 
 
 @dataclass(frozen=True)

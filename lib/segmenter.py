@@ -158,8 +158,8 @@ class ReferenceEngine:
         known = set(bank.labels())
         names = tuple(name for name in (labels or sorted(known)) if name in known)
         unknown = tuple(name for name in labels if name not in known)
-        axis = through_plane_axis(image, options.axis if options.axis is not None else self._axis)
-        pictures = cut(image, axis, options.window or self._window)
+        axis = through_plane_axis(image, self._axis)
+        pictures = cut(image, axis, self._window)
         watch = Stopwatch()
         tally = Tally()
         height, width = pictures[0].shape[:2]

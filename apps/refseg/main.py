@@ -93,13 +93,15 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Start learning a new label; the next request waits for it. Never raises: it is stored."""
         super().on_save_label(image_id, label_id)
+        names: list[str] = []
         try:
             for tag in self._settings.tags:
                 info = self.datastore().get_label_info(label_id, tag)
-                self._task.announce(label_names(info).values())
+                names += label_names(info).values()
         except Exception:
             logger.exception("the names of the label of %s cannot be told yet", image_id)
         self._runtime.sync_soon(self._labelled)
+        self._task.announce(image_id, names)
         return {"refseg": "being learned; the next segmentation refers to it"}
 
     def _labelled(self) -> list[LabelledImage]:

@@ -4,7 +4,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lib.datastore import find_by_path
 from lib.errors import ImageError, LabelError, RefSegError, RequestError
 from lib.imaging.formats import PICTURES, WRITABLE, extension_of
 from lib.imaging.io import ImageVolume, read_image, write_label_map
+from lib.infers.numbers import LabelNumbers
 from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import ListLabels, Runtime, progress_logger
 from lib.segmentation import Segmentation
@@ -50,8 +51,8 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         )
         self._runtime = runtime
         self._list_labels = list_labels
-        self._numbers: dict[str, int] = {}
-        self._announced: tuple[str, ...] = ()
+        self._numbers = LabelNumbers(runtime.folder)
+        self._announced: dict[str, tuple[str, ...]] = {}
 
     def is_valid(self) -> bool:
         """Always: what is missing is said in the answer to a request."""
@@ -60,20 +61,26 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
     def info(self) -> dict[str, Any]:
         """What `/info` shows; asked for at every request, so it never waits and never raises."""
         found: dict[str, Any] = super().info()
+        if not self._runtime.learning:  # what was announced is in the bank, or teaches nothing
+            self._announced = {}
         known = self._runtime.known_labels()
         if not self._runtime.settings.labels:
-            known = tuple(dict.fromkeys((*known, *self._announced)))
-        found["labels"] = self._numbered(known)
+            announced = [name for names in list(self._announced.values()) for name in names]
+            known = tuple(dict.fromkeys((*known, *announced)))
+        found["labels"] = self._numbers.of(known)
         found["segmenter"], found["embedder"] = self._runtime.names()
         return found
 
-    def announce(self, names: Iterable[str]) -> None:
-        """Name labels that were just saved and are being learned, so that `/info` has them at once.
+    def announce(self, image_id: str, names: Iterable[str]) -> None:
+        """Name an image's labels that are being learned, so that `/info` has them at once.
+
+        They take the place of what was announced of this image before, and are named until all
+        that `Runtime.sync_soon` was asked for is done: ask it first.
 
         3D Slicer asks `/info` when a label is saved, and segments the next image by itself only if
         a task has one of the labels named there.
         """
-        self._announced = tuple(dict.fromkeys((*self._announced, *names)))
+        self._announced = {**self._announced, image_id: tuple(names)}
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """Answer one request with a file and what is to be known of it.
@@ -85,7 +92,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             raise HTTPException(404, "The image is not in the datastore. Look at GET /datastore/.")
         try:
             with self._runtime.pool.busy():
-                return self._answer(SegmentRequest.parse(request, self._runtime.options))
+                return self._answer(SegmentRequest.parse(request, self._runtime.settings))
         except (RequestError, ImageError, LabelError) as error:
             raise HTTPException(422, str(error)) from error
         except RefSegError as error:  # weights or bank: the server's owner has to mend it
@@ -104,9 +111,8 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         extension = _result_extension(wanted, image)
         read = time.perf_counter()
         labelled, report = self._runtime.sync(self._list_labels)
-        self._announced = ()
         synced = time.perf_counter()
-        numbers = self._numbered(self._runtime.known_labels())
+        numbers = self._numbers.of(self._runtime.known_labels())
         names = chosen_labels(wanted.prompt, numbers)
         own = find_by_path(labelled, str(wanted.path))
         if own is not None and own.image_id in dict(report.failed):
@@ -175,16 +181,6 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             "bank": {"generation": version.generation, "fingerprint": version.fingerprint},
             "message": found.message,
         }
-
-    def _numbered(self, names: Sequence[str]) -> dict[str, int]:
-        """Name -> number of `/info`, ascending. A name keeps its number while the server runs.
-
-        OHIF asks `/info` once and reads all later results by it, so a label that turns up later,
-        or is gone, must not shift the others.
-        """
-        for name in names:
-            self._numbers.setdefault(name, len(self._numbers) + 1)
-        return {name: number for name, number in self._numbers.items() if name in set(names)}
 
 
 def _write(

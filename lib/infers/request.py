@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.errors import RequestError
 from lib.segmentation import Options
-from lib.settings import parse_axis, parse_window
+from lib.settings import AXIS_NAMES, RefSegSettings, parse_axis, parse_window
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
@@ -40,22 +40,20 @@ class SegmentRequest:
     info_numbers: bool
 
     @classmethod
-    def parse(cls, request: Mapping[str, Any], defaults: Options) -> "SegmentRequest":
+    def parse(cls, request: Mapping[str, Any], settings: RefSegSettings) -> "SegmentRequest":
         """Check every value that is used; keys of the platform and of other tasks are let pass.
 
         Raises:
             RequestError: a value is not allowed; the message says what is.
         """
-        window = request.get("window")
+        _refuse_other_slices(request, settings)
         return cls(
             path=Path(str(request["image"])),
             prompt=_prompt(request.get("label_prompt")),
             options=Options(
-                k=_whole(request, "k", defaults.k, 1, 64),
-                cap_per_case=_whole(request, "cap_per_case", defaults.cap_per_case, 0, 64),
-                own_labels=_truth(request, "own_labels", defaults.own_labels),
-                window=parse_window(_joined(window)) if window else defaults.window,
-                axis=parse_axis(str(request.get("axis") or "auto")),
+                k=_whole(request, "k", settings.k, 1, 64),
+                cap_per_case=_whole(request, "cap_per_case", settings.cap_per_case, 0, 64),
+                own_labels=_truth(request, "own_labels", settings.own_labels),
             ),
             extension=_extension(request.get("result_extension")),
             compress=_truth(request, "result_compress", True),
@@ -77,6 +75,24 @@ def chosen_labels(prompt: Sequence[str | int], numbers: Mapping[str, int]) -> tu
             raise RequestError(msg)
         asked.add(name)
     return tuple(name for name in numbers if name in asked or not asked)
+
+
+def _refuse_other_slices(request: Mapping[str, Any], settings: RefSegSettings) -> None:
+    """The references were cut and windowed as the server was started: the query must be, too."""
+    window, axis = request.get("window"), str(request.get("axis") or "")
+    if window and parse_window(_joined(window)) != settings.window:
+        now = "robust percentiles" if settings.window is None else _joined(settings.window)
+        msg = (
+            f"window {window!r} is not the references', which is {now}; leave it out, or start "
+            "the server with --conf window LOW,HIGH."
+        )
+        raise RequestError(msg)
+    if axis and parse_axis(axis) != settings.axis_index:
+        msg = (
+            f"axis {axis!r} is not the references', which is {settings.axis}; leave it out, or "
+            f"start the server with --conf axis {'|'.join(('auto', *AXIS_NAMES))}."
+        )
+        raise RequestError(msg)
 
 
 def _prompt(value: Any) -> tuple[str | int, ...]:

@@ -1,10 +1,15 @@
 """From a request's dictionary to a checked request, and how labels are numbered."""
 
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import HTTPException
+from PIL import Image
 
 from lib.errors import RequestError
 from lib.infers.refseg import RefSeg
@@ -12,10 +17,13 @@ from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import Runtime
 from lib.segmentation import Options
 from lib.settings import RefSegSettings
+from lib.types import LabelledImage
 
 
-def parse(**request: Any) -> SegmentRequest:
-    return SegmentRequest.parse({"image": "/x/a.png", **request}, Options(k=5))
+def parse(settings: RefSegSettings | None = None, **request: Any) -> SegmentRequest:
+    return SegmentRequest.parse(
+        {"image": "/x/a.png", **request}, settings or RefSegSettings(k=5, device="cpu")
+    )
 
 
 def test_what_is_not_said_is_as_the_server_was_started() -> None:
@@ -27,9 +35,21 @@ def test_clients_send_numbers_and_switches_in_many_shapes() -> None:
     assert parse(k="3").options.k == 3
     assert parse(k=3.0).options.k == 3  # OHIF knows no whole numbers
     assert parse(own_labels="False").options.own_labels is False
-    assert parse(window="-160, 240").options.window == (-160.0, 240.0)
-    assert parse(window=[0, 80]).options.window == (0.0, 80.0)
-    assert parse(axis="sagittal").options.axis == 0
+
+
+def test_slices_are_cut_and_windowed_as_the_references_were() -> None:
+    server = RefSegSettings(window=(-160.0, 240.0), axis="sagittal")
+    for same in ({"window": "-160, 240"}, {"window": [-160, 240]}, {"axis": "sagittal"}):
+        parse(server, **same)
+    parse(window="", axis="auto")
+    for settings, other, option in (
+        (server, {"window": "0,80"}, "--conf window"),
+        (None, {"window": [0, 80]}, "--conf window"),
+        (server, {"axis": "auto"}, "--conf axis"),
+        (None, {"axis": "axial"}, "--conf axis"),
+    ):
+        with pytest.raises(RequestError, match=option):
+            parse(settings, **other)
 
 
 def test_keys_of_other_tasks_and_of_the_platform_are_let_pass() -> None:
@@ -105,14 +125,49 @@ def test_labels_by_option_are_known_before_anything_is_labelled(tmp_path: Path) 
     settings = RefSegSettings(labels="spleen,liver")  # type: ignore[arg-type]
     task = RefSeg(Runtime(settings, bank_root=tmp_path, studies="x"), list)
     assert task.info()["labels"] == {"spleen": 1, "liver": 2}
-    assert list(tmp_path.iterdir()) == []  # asking for it loads and writes nothing
+    assert not list(tmp_path.rglob("*.sqlite"))  # asking for it opens no bank
+
+
+def test_info_names_what_is_being_learned_and_forgets_a_name_that_is_gone(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (24, 24)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    drawn = np.zeros((24, 24), np.uint8)
+    drawn[4:12, 4:12] = 1
+    Image.fromarray(drawn).save(tmp_path / "l.png")
+    label = LabelledImage("a", tmp_path / "a.png", tmp_path / "l.png", {1: "Livr"})
+    labelled, saved = [label], threading.Event()
+
+    def wait_and_list() -> list[LabelledImage]:
+        assert saved.wait(60)
+        return labelled
+
+    settings = RefSegSettings(segmenter="matchseg", embedder="bundled", device="cpu")
+    runtime = Runtime(settings, bank_root=tmp_path / "bank", studies="x")
+    task = RefSeg(runtime, lambda: labelled)
+    runtime.sync_soon(wait_and_list)
+    task.announce("a", ["Livr"])
+    assert task.info()["labels"] == {"Livr": 1}
+    task.announce("a", ["Liver"])  # submitted again, before the first was learned
+    assert task.info()["labels"] == {"Liver": 2}
+    labelled[0] = replace(label, label_names={1: "Liver"})
+    saved.set()
+    while runtime.learning:
+        time.sleep(0.02)
+    assert task.info()["labels"] == {"Liver": 2}
+
+    labelled[0] = replace(label, label_names={1: "liver"})  # renamed once more
+    file, answer = task({"image": str(tmp_path / "a.png"), "result_write_to_file": False})
+    assert file is None
+    assert answer["message"] == ""
+    assert task.info()["labels"] == {"liver": 3}
+    again = RefSeg(Runtime(settings, bank_root=tmp_path / "bank", studies="x"), lambda: labelled)
+    again({"image": str(tmp_path / "a.png"), "result_write_to_file": False})
+    assert again.info()["labels"] == {"liver": 3}
 
 
 def test_missing_weights_are_told_with_the_command_that_mends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from PIL import Image
-
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nothing"))
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     settings = RefSegSettings(segmenter="sam2", weights=tmp_path, device="cpu")
