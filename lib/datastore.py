@@ -1,19 +1,23 @@
 """MONAI Label's datastore as RefSeg sees it: final labels, images, and who was given what."""
 
+import fnmatch
 import hashlib
 import logging
+import os
+import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from monailabel.config import Settings
 from monailabel.config import settings as platform
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 from monailabel.interfaces.datastore import Datastore
+from monailabel.utils.others.generic import file_ext
 
 from lib.errors import RefSegError
 from lib.imaging.volumes import is_dicom, read_dicom_folder, write_nifti
@@ -85,10 +89,15 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """As the platform's, with the path that a client can load."""
-        with self.lock:
-            info: dict[str, Any] = super().get_image_info(image_id)
+        info = self.stored_info(image_id)
         if "path" in info:
             info["path"] = self.get_image_uri(image_id)
+        return info
+
+    def stored_info(self, image_id: str) -> dict[str, Any]:
+        """The platform's own: quick, because no copy of a DICOM folder is made."""
+        with self.lock:
+            info: dict[str, Any] = super().get_image_info(image_id)
         return info
 
     def source(self, image_id: str) -> str:
@@ -114,25 +123,84 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
         return target
 
     def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
-        """Names of image files, and of subfolders with DICOM files."""
-        files: dict[str, str] = super()._list_files(path, patterns)
+        """Names of image files, whatever the case of extensions, and of folders with DICOM files.
+
+        A later pattern's files come later, as the platform has it.
+        """
+        with os.scandir(path) as listing:
+            entries = list(listing)
+        matchers = [re.compile(fnmatch.translate(p), re.IGNORECASE).match for p in patterns]
+        files = {e.name: e.name for matches in matchers for e in entries if matches(e.name)}
         if Path(path) == Path(self._datastore.image_path()):
-            for folder in Path(path).iterdir():
-                if folder.is_dir() and folder.name != self._datastore.labels_dir:
-                    first = sorted(file for file in folder.iterdir() if file.is_file())[:3]
-                    if any(is_dicom(file) for file in first):
-                        files[folder.name] = folder.name
+            for entry in entries:
+                if entry.name != self._datastore.labels_dir and _holds_dicom(entry):
+                    files[entry.name] = entry.name
         return files
 
     def _to_id(self, file: str) -> tuple[str, str]:
         """Id and extension. A DICOM folder's name is its id: UIDs are full of dots."""
-        if (Path(self._datastore.image_path()) / file).is_dir():
+        if Path(self._datastore.image_path(), file).is_dir():
             return file, ""
-        image_id, extension = super()._to_id(file)
-        # the platform removes the extension wherever it occurs in the name
-        if extension and file.endswith(extension):
-            image_id = file[: -len(extension)]
-        return image_id, extension
+        served = (pattern.replace("*", "").lower() for pattern in self._extensions)
+        # the end alone: the platform removes the extension wherever it occurs in the name
+        ends = [file[-len(end) :] for end in served if end and file[-len(end) :].lower() == end]
+        extension = max(ends, key=len) if ends else file_ext(file)
+        return file.removesuffix(extension), extension
+
+    def _add_non_existing_images(self) -> int:
+        """Add new files; how many. The platform looks each up in a list: minutes for 100,000."""
+        self._init_from_datastore_file()
+        known = set(self._datastore.objects)
+        added = 0
+        for file in self._list_files(self._datastore.image_path(), self._extensions):
+            image_id, extension = self._to_id(file)
+            if image_id not in known:
+                logger.info("new image %s: %s", image_id, file)
+                self._datastore.objects[image_id] = ImageLabelModel(
+                    image=self._new(image_id, extension)
+                )
+                added += 1
+        return added
+
+    def _add_non_existing_labels(self, tag: str) -> int:
+        """Add new label files of one tag; how many."""
+        self._init_from_datastore_file()
+        added = 0
+        for file in self._list_files(self._datastore.label_path(tag), self._extensions):
+            image_id, extension = self._to_id(file)
+            image = self._datastore.objects.get(image_id)
+            if image is None:
+                logger.warning("label %s (%s) is ignored: no image has its name", file, tag)
+            elif not image.labels.get(tag):
+                logger.info("new label %s of %s: %s", tag, image_id, file)
+                image.labels[tag] = self._new(image_id, extension)
+                added += 1
+        return added
+
+    def _remove_non_existing(self) -> int:
+        """Forget images and labels whose file is gone; how many. Looks at each file once."""
+        self._init_from_datastore_file()
+        objects = self._datastore.objects
+        gone = [(i, "") for i, image in objects.items() if not self._is_there("", i, image.image)]
+        for image_id, _ in gone:
+            del objects[image_id]
+        for image_id, image in objects.items():
+            for tag in [
+                t for t, label in image.labels.items() if not self._is_there(t, image_id, label)
+            ]:
+                del image.labels[tag]
+                gone.append((image_id, tag))
+        for image_id, tag in gone:
+            logger.info("%s of %s is gone", f"label {tag}" if tag else "the file", image_id)
+        return len(gone)
+
+    def _is_there(self, tag: str, image_id: str, data: DataModel) -> bool:
+        folder = self._datastore.label_path(tag) if tag else self._datastore.image_path()
+        return Path(folder, self._filename(image_id, data.ext)).exists()
+
+    def _new(self, image_id: str, extension: str) -> DataModel:
+        name = self._filename(image_id, extension)
+        return DataModel(info={"ts": int(time.time()), "name": name}, ext=extension)
 
     refresh = _locked("refresh")
     _init_from_datastore_file = _locked("_init_from_datastore_file")
@@ -151,6 +219,17 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
     update_label_info = _locked("update_label_info")
     status = _locked("status")
     json = _locked("json")
+
+
+def _holds_dicom(entry: os.DirEntry[str]) -> bool:
+    try:
+        if not entry.is_dir():
+            return False
+        first = sorted(file for file in Path(entry.path).iterdir() if file.is_file())[:3]
+        return any(is_dicom(file) for file in first)
+    except OSError as error:  # such as lost+found
+        logger.warning("folder %s is left out: %s", entry.path, error)
+        return False
 
 
 def labelled_images(datastore: Datastore, tags: Sequence[str] = (FINAL,)) -> list[LabelledImage]:
@@ -202,8 +281,8 @@ def label_names(info: Mapping[str, Any]) -> dict[int, str]:
     listed = info.get("label_info")
     if isinstance(listed, list):
         names = [str(entry.get("name") or "") for entry in listed if isinstance(entry, Mapping)]
-        kept = [name for name in names if name and name not in NOT_EXPORTED]
-        return dict(enumerate(kept, start=1))
+        kept = enumerate((name for name in names if name not in NOT_EXPORTED), start=1)
+        return {value: name if name.strip() else f"label_{value}" for value, name in kept}
     params = info.get("params")
     own = params.get("label_names") if isinstance(params, Mapping) else info.get("label_names")
     if isinstance(own, Mapping):
@@ -226,15 +305,34 @@ def leased_to_others(
     datastore: Datastore, image_ids: Sequence[str], *, client_id: str, seconds: int
 ) -> set[str]:
     """Images that a strategy gave to another client less than `seconds` ago."""
+    given = _given(datastore, image_ids, seconds)
+    return {image_id for image_id, client, _ in given if client != client_id}
+
+
+def given_before(
+    datastore: Datastore, image_ids: Sequence[str], *, client_id: str, seconds: int
+) -> dict[str, float]:
+    """Images that a strategy gave to this client less than `seconds` ago, and when (Unix time)."""
+    times: dict[str, float] = {}
+    for image_id, client, at in _given(datastore, image_ids, seconds):
+        if client == client_id:
+            times[image_id] = max(at, times.get(image_id, at))
+    return times
+
+
+def _given(
+    datastore: Datastore, image_ids: Sequence[str], seconds: int
+) -> Iterator[tuple[str, object, float]]:
+    """Image, client and time of what any strategy gave less than `seconds` ago."""
     now = time.time()
-    leased = set()
+    local = isinstance(datastore, StudiesDatastore)
+    find = datastore.stored_info if local else datastore.get_image_info
     for image_id in image_ids:
-        given = datastore.get_image_info(image_id).get("strategy", {})
+        given = find(image_id).get("strategy", {})
         for record in given.values() if isinstance(given, Mapping) else ():
-            age = now - record.get("ts", 0)
-            if age < seconds and record.get("client_id") != client_id:
-                leased.add(image_id)
-    return leased
+            at = float(record.get("ts", 0))
+            if now - at < seconds:
+                yield image_id, record.get("client_id"), at
 
 
 def image_paths(datastore: Datastore) -> dict[str, Path]:

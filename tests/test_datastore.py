@@ -1,16 +1,23 @@
 """MONAI Label's local datastore as RefSeg uses it: real files, the platform's own class."""
 
+import json
+import os
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from monailabel.datastore.local import LocalDatastore
 from PIL import Image
 
 from lib.datastore import (
     StudiesDatastore,
+    extensions,
     find_by_path,
+    given_before,
     image_paths,
     label_names,
     labelled_images,
@@ -88,6 +95,83 @@ def test_a_dicom_folder_is_one_image_and_clients_get_a_file(
     assert store.get_image_uri("1.2.840.9") == str(file)  # made once
 
 
+def test_asking_who_was_given_what_makes_no_copies(
+    store: StudiesDatastore, studies: Path, tmp_path: Path
+) -> None:
+    for number in range(3):
+        voxels = np.zeros((8, 6, 4), np.uint16)
+        write_series(studies / f"1.2.{number}", voxels, spacing_mm=(1.0, 2.0, 5.0))
+    ids = list(image_paths(store))
+    given = {"strategy": {"refseg": {"ts": int(time.time()), "client_id": "one"}}}
+    store.update_image_info("1.2.1", given)
+    assert leased_to_others(store, ids, client_id="two", seconds=600) == {"1.2.1"}
+    assert given_before(store, ids, client_id="one", seconds=600).keys() == {"1.2.1"}
+    assert list((tmp_path / "copies").glob("*")) == []
+    store.get_image_info("1.2.1")  # a client that loads it has one made
+    assert len(list((tmp_path / "copies").glob("*"))) == 1
+
+
+def test_extensions_may_be_in_capitals_and_the_id_is_the_name_without(
+    store: StudiesDatastore, studies: Path, tmp_path: Path
+) -> None:
+    for name in ("A 1.PNG", "x.v1.JPG", "y.Jpeg", "png.png.Png"):
+        Image.fromarray(np.zeros((4, 5), np.uint8)).save(studies / name)
+    volume = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    nib.save(volume, studies / "v.nii.gz")
+    (studies / "v.nii.gz").rename(studies / "V.1.NII.GZ")
+    paths = image_paths(store)
+    added = {image_id: paths[image_id].name for image_id in paths.keys() - set("abcd")}
+    added.pop("e.1 (left)")
+    assert added == {
+        "A 1": "A 1.PNG",
+        "x.v1": "x.v1.JPG",
+        "y": "y.Jpeg",
+        "png.png": "png.png.Png",
+        "V.1": "V.1.NII.GZ",
+    }
+    save(store, "A 1", tmp_path)
+    Image.fromarray(np.ones((4, 5), np.uint8)).save(studies / "labels" / "final" / "x.v1.PNG")
+    assert [row.image_id for row in labelled_images(store)] == ["A 1", "x.v1"]
+
+
+def test_a_folder_that_cannot_be_read_is_left_out(
+    store: StudiesDatastore, studies: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    locked = studies / "lost+found"
+    locked.mkdir(mode=0o000)
+    if os.access(locked, os.R_OK):
+        pytest.skip("this user may read every folder")
+    assert set(image_paths(store)) == {"a", "b", "c", "d", "e.1 (left)"}
+    assert "lost+found" in caplog.text
+
+
+def test_the_disk_is_read_as_the_platform_reads_it(
+    store: StudiesDatastore, studies: Path, tmp_path: Path
+) -> None:
+    save(store, "a", tmp_path)
+    save(store, "b", tmp_path)
+    file = tmp_path / "label.png"
+    store.save_label("c", str(file), "original", {})
+    labels = studies / "labels"
+    shutil.copy(file, labels / "final" / "d.png")
+    shutil.copy(file, labels / "final" / "nobody.png")
+    shutil.copy(file, studies / "new.png")
+    (studies / "a.png").unlink()
+    (labels / "final" / "b.png").unlink()
+    (labels / "original" / "c.png").unlink()
+    shutil.copytree(studies, tmp_path / "same")
+    platform = LocalDatastore(str(tmp_path / "same"), extensions=extensions())
+    store.refresh()
+    ours, theirs = store.json()["objects"], platform.json()["objects"]
+    for image in [*ours.values(), *theirs.values()]:
+        for stored in [image["image"], *image["labels"].values()]:
+            assert abs(stored["info"].pop("ts") - time.time()) < 60
+    assert ours == theirs
+    assert ours.keys() == {"b", "c", "d", "e.1 (left)", "new"}
+    assert ours["d"]["labels"].keys() == {"final"}
+    assert json.loads((studies / "datastore_v2.json").read_text())["objects"].keys() == ours.keys()
+
+
 def test_a_folder_without_dicom_is_no_image(store: StudiesDatastore, studies: Path) -> None:
     (studies / "notes").mkdir()
     (studies / "notes" / "read me.txt").write_text("hello")
@@ -104,6 +188,10 @@ def test_a_folder_without_dicom_is_no_image(store: StudiesDatastore, studies: Pa
         # Slicer counts its scribbles in idx, and leaves them out of the file
         ({"label_info": [{"name": "background_scribbles", "idx": 1}, {"name": "liver", "idx": 2}]},
          {1: "liver"}),
+        # a segment without a name still has a value
+        ({"label_info": [{"name": "liver"}, {"name": ""}, {"name": "background"}, {"idx": 4},
+                         {"name": "spleen"}]},
+         {1: "liver", 2: "label_2", 3: "label_3", 4: "spleen"}),
         ({"model": "refseg", "params": {"label_names": {"liver": 1, "spleen": 2}}},
          {1: "liver", 2: "spleen"}),
         ({"params": {"label_names": {"background": 0}}}, {}),
@@ -128,14 +216,25 @@ def test_the_labelled_image_of_a_file_is_found_by_its_path(
 
 
 def test_an_image_is_leased_to_the_client_that_was_given_it(store: StudiesDatastore) -> None:
-    import time
-
     now = int(time.time())
     store.update_image_info("a", {"strategy": {"refseg": {"ts": now, "client_id": "one"}}})
     store.update_image_info("b", {"strategy": {"random": {"ts": now - 900, "client_id": "one"}}})
     ids = store.list_images()
     assert leased_to_others(store, ids, client_id="two", seconds=600) == {"a"}
     assert leased_to_others(store, ids, client_id="one", seconds=600) == set()
+
+
+def test_a_client_was_given_an_image_when_it_last_was(store: StudiesDatastore) -> None:
+    now = int(time.time())
+    both = {
+        "refseg": {"ts": now - 9, "client_id": "one"},
+        "random": {"ts": now - 5, "client_id": "one"},
+    }
+    store.update_image_info("a", {"strategy": both})
+    store.update_image_info("b", {"strategy": {"refseg": {"ts": now - 900, "client_id": "one"}}})
+    store.update_image_info("c", {"strategy": {"refseg": {"ts": now, "client_id": "two"}}})
+    ids = store.list_images()
+    assert given_before(store, ids, client_id="one", seconds=600) == {"a": now - 5}
 
 
 def test_readers_never_see_the_table_half_filled(store: StudiesDatastore) -> None:
