@@ -54,6 +54,7 @@ class Pool:
         """Embeddings of the datastore's images, computed once and kept.
 
         What is missing is computed for so long, one image at least, and then in the background.
+        So is the reading of files that changed their name or time alone, to find out just that.
 
         Args:
             paths: image id -> file, of all images.
@@ -66,38 +67,43 @@ class Pool:
         deadline = time.monotonic() + seconds
         known = self._stored.known(paths)
         missing = sorted(paths.keys() - known, key=lambda name: (name not in first, name))
-        computed = 0
+        busied = False
         late = {}
         for image_id in missing:
             path = paths[image_id]
-            if self._is_embedded(image_id, path):
-                known.add(image_id)
-            elif not computed or time.monotonic() < deadline:
-                if self._embed(image_id, path):
-                    known.add(image_id)
-                    computed += 1
-            else:
+            if self._is_unreadable(image_id, path):
+                continue
+            if busied and time.monotonic() >= deadline:
                 late[image_id] = path
+                continue
+            busied = True
+            if self._embed(image_id, path):
+                known.add(image_id)
         if late:
             self._embed_soon(late)
         ids = sorted(known)
         vectors, owners = self._stored.gather(ids)
-        return {ids[owner]: vectors[owners == owner] for owner in np.unique(owners)}
+        if not len(owners):
+            return {}
+        present, starts = np.unique(owners, return_index=True)
+        parts = np.split(vectors, starts[1:])  # the owners ascend
+        return {ids[owner]: part for owner, part in zip(present, parts, strict=True)}
 
-    def _is_embedded(self, image_id: str, path: Path) -> bool:
-        """Whether the pool has it, be it under another name or of a file too young to tell."""
-        try:
-            return self._stored.get(image_id, path) is not None
-        except OSError:
-            return False
+    def _is_unreadable(self, image_id: str, path: Path) -> bool:
+        return self._unreadable.get(image_id) == _mark(path)
 
     def _embed(self, image_id: str, path: Path) -> bool:
-        """Compute one image's embeddings; False where it cannot be read."""
-        mark = (str(path), path.stat().st_mtime_ns if path.exists() else 0)
-        if self._unreadable.get(image_id) == mark:
+        """Compute one image's embeddings, if the pool does not know its bytes by another name.
+
+        Returns:
+            False where it cannot be read.
+        """
+        if self._is_unreadable(image_id, path):
             return False
+        mark = _mark(path)
         try:
-            self._stored.put(image_id, path, self._embed_file(path))
+            if self._stored.get(image_id, path) is None:
+                self._stored.put(image_id, path, self._embed_file(path))
         except (ImageError, OSError) as error:
             logger.warning("%s is not compared with the others: %s", image_id, error)
             self._unreadable[image_id] = mark
@@ -116,8 +122,7 @@ class Pool:
         try:
             for image_id, path in paths.items():
                 self._idle.wait()  # a person who waits for a mask comes first
-                if not self._is_embedded(image_id, path):
-                    self._embed(image_id, path)
+                self._embed(image_id, path)
         except Exception:
             logger.exception("the comparison of unlabelled images ended early")
         finally:
@@ -137,3 +142,8 @@ class Pool:
                 self._requests -= 1
                 if not self._requests:
                     self._idle.set()
+
+
+def _mark(path: Path) -> tuple[str, int]:
+    """What changes when a file that could not be read is mended."""
+    return str(path), path.stat().st_mtime_ns if path.exists() else 0

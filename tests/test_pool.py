@@ -1,0 +1,88 @@
+"""The pool of embeddings over real files: what is read when, and what is computed again."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.errors import ImageError
+from lib.memory.pool import EmbeddingPool
+from lib.pool import Pool
+from lib.types import FloatArray
+
+
+class Encoder:
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def __call__(self, path: Path) -> FloatArray:
+        self.read.append(path.name)
+        text = path.read_text()
+        if text == "broken":
+            raise ImageError(path.name)
+        return np.full((len(text), 2), float(text[0]), np.float32)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    return Encoder()
+
+
+@pytest.fixture
+def pool(tmp_path: Path, encoder: Encoder) -> Pool:
+    return Pool(lambda: EmbeddingPool(tmp_path / "bank", "one"), encoder)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, Path]:
+    files = {f"image {number}": tmp_path / f"{number}.png" for number in range(6)}
+    for number, path in enumerate(files.values()):
+        path.write_text(str(number) * (number + 1))
+    return files
+
+
+def in_the_end(pool: Pool, paths: dict[str, Path], count: int) -> int:
+    """How many are known after at most a minute, without any work in a call but one image."""
+    deadline = time.monotonic() + 60
+    while (known := len(pool.embeddings(paths, seconds=0))) < count:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return known
+
+
+def test_each_image_gets_its_own_rows(pool: Pool, paths: dict[str, Path]) -> None:
+    found = pool.embeddings(paths, seconds=60)
+    assert found.keys() == paths.keys()
+    for number, image_id in enumerate(paths):
+        np.testing.assert_array_equal(found[image_id], np.full((number + 1, 2), number))
+
+
+def test_there_may_be_no_images(pool: Pool) -> None:
+    assert pool.embeddings({}, seconds=0) == {}
+
+
+def test_files_that_only_look_new_are_read_within_the_time_of_the_call(
+    pool: Pool, paths: dict[str, Path], encoder: Encoder
+) -> None:
+    pool.embeddings(paths, seconds=60)
+    for path in paths.values():
+        os.utime(path, ns=(1, 1))  # as a folder that was copied or restored
+    with pool.busy():  # the background waits
+        assert len(pool.embeddings(paths, seconds=0)) == 1
+    assert in_the_end(pool, paths, 6) == 6
+    assert len(encoder.read) == 6  # the bytes are the same: computed once
+
+
+def test_a_broken_image_is_tried_once_and_stops_nobody(
+    pool: Pool, paths: dict[str, Path], encoder: Encoder
+) -> None:
+    paths["image 0"].write_text("broken")
+    assert pool.embeddings(paths, seconds=60).keys() == paths.keys() - {"image 0"}
+    pool.embeddings(paths, seconds=60)
+    assert encoder.read.count("0.png") == 1
+    paths["image 0"].write_text("7")
+    os.utime(paths["image 0"], ns=(5, 5))
+    np.testing.assert_array_equal(pool.embeddings(paths, seconds=60)["image 0"], [[7, 7]])
