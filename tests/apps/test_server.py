@@ -376,6 +376,8 @@ def test_labels_that_came_while_the_server_was_down_are_seen(
     again = infer_json(server, "v2", k=6)
     assert references(again) == {"renamed", "v1"}
     assert list(again["label_names"]) == ["label_1"]  # the platform knows no names of such files
+    told = server.get("/info/").json()["models"]["refseg"]["labels"]
+    assert told == {"label_1": 2}  # 1 was given to the ball before, and is not given again
     assert "Traceback" not in server.log
 
 
