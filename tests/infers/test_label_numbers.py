@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from lib.infers.numbers import LabelNumbers
 numbers = LabelNumbers(Path(sys.argv[1]))
+print("ready", flush=True)
 sys.stdin.readline()
 for name in sys.argv[2:]:
     numbers.of([name])
@@ -33,21 +34,24 @@ def test_a_number_stays_when_other_labels_come_and_go(tmp_path: Path) -> None:
 
 
 def test_workers_that_see_labels_in_different_orders_agree(tmp_path: Path) -> None:
-    names = [f"label {number}" for number in range(12)]
+    names = [f"label {number}" for number in range(60)]
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path / "bank"), *order],
             cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
-        for order in (names, names[::-1], names[6:] + names[:6])
+        for order in (names, names[::-1], names[30:] + names[:30])
     ]  # fmt: skip
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
     told = [worker.communicate(timeout=60)[0] for worker in workers]
     assert told[0] == told[1] == told[2] != ""
-    assert sorted(LabelNumbers(tmp_path / "bank").of(names).values()) == list(range(1, 13))
+    assert sorted(LabelNumbers(tmp_path / "bank").of(names).values()) == list(range(1, 61))
 
 
 def test_a_damaged_table_is_put_aside(tmp_path: Path) -> None:
