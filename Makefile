@@ -1,6 +1,8 @@
 # RefSeg's commands. Each works from a bare clone: what it needs is set up first, once.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
+# An imaging library sets the C locale to "C", after which files would be opened as ASCII.
+export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint typecheck demo serve clean
 

@@ -18,7 +18,7 @@ HEAVY = ("faiss", "hydra", "matplotlib", "omegaconf", "sam2", "transformers")
 def pins(name: str) -> dict[str, str]:
     """Package -> version of a requirements file, with the files that it names."""
     found: dict[str, str] = {}
-    for line in (ROOT / name).read_text().splitlines():
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].strip()
         if text.startswith("-r "):
             found |= pins(text[3:].strip())
@@ -34,7 +34,12 @@ def tracked() -> list[Path]:
     """Files of the repository; all but the environment and build outputs where there is no git."""
     if shutil.which("git") and (ROOT / ".git").exists():
         listed = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+            ["git", "ls-files", "-z"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            text=True,
+            encoding="utf-8",
         ).stdout
         return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     skipped = {".venv", "build", "runs", ".git"}
@@ -76,7 +81,9 @@ def test_the_installed_packages_are_the_pinned_ones() -> None:
 
 def test_imports_go_down_only() -> None:
     tool = Path(sys.executable).with_name("lint-imports")
-    result = subprocess.run([tool, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [tool, "--no-cache"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -84,13 +91,16 @@ def test_the_environment_is_read_by_settings_alone() -> None:
     readers = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "lib").rglob("*.py")
-        if re.search(r"os\.environ|getenv\(", path.read_text())
+        if re.search(r"os\.environ|getenv\(", path.read_text(encoding="utf-8"))
     }
     assert readers <= {"lib/settings.py"}
 
 
 def test_readme_names_the_commands_that_exist() -> None:
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    readme, makefile = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        (ROOT / "Makefile").read_text(),
+    )
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
     named = set(re.findall(r"make ([a-z]+)", readme))
     assert {"demo", "test", "serve"} <= named <= targets
@@ -101,7 +111,7 @@ def test_readme_names_the_commands_that_exist() -> None:
 def test_readme_lists_the_options_that_exist() -> None:
     from lib.settings import RefSegSettings
 
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = set(re.findall(r"^\| `([a-z0-9_]+)` \|", readme, flags=re.MULTILINE))
     assert table == set(RefSegSettings.model_fields)
 
@@ -109,7 +119,7 @@ def test_readme_lists_the_options_that_exist() -> None:
 def test_links_in_the_papers_of_the_repository_lead_somewhere() -> None:
     broken = []
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken
@@ -118,11 +128,11 @@ def test_links_in_the_papers_of_the_repository_lead_somewhere() -> None:
 def test_ci_runs_the_test_command() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111, ".ci/run is not executable"
-    assert "make test" in script.read_text()
+    assert "make test" in script.read_text(encoding="utf-8")
 
 
 def test_citation_can_be_read() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
     assert citation["title"]
     assert citation["authors"]
@@ -150,7 +160,9 @@ def test_no_path_of_a_machine_is_in_the_tree() -> None:
 def loaded_after(code: str) -> set[str]:
     """Which heavy packages a fresh interpreter holds after running `code`."""
     script = f"{code}\nimport sys\nprint(*(set({HEAVY!r}) & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -119,7 +119,9 @@ class MatchSegSegmenter:
         if not expected.is_file():
             msg = f"{expected.name} is missing; restore it with git checkout lib/models/bundled."
             raise WeightsError(msg)
-        return cls.load(BUNDLED, sha256=expected.read_text().split()[0], device=device)
+        return cls.load(
+            BUNDLED, sha256=expected.read_text(encoding="utf-8").split()[0], device=device
+        )
 
     @torch.inference_mode()
     def encode(self, images: Sequence[FloatArray]) -> list[Features]:

@@ -60,7 +60,7 @@ class CountingEncode:
         self.seconds = seconds
 
     def __call__(self, label: LabelledImage) -> Iterator[Reference]:
-        with self.log.open("a") as stream:
+        with self.log.open("a", encoding="utf-8") as stream:
             stream.write(f"{os.getpid()} {label.image_id}\n")
         time.sleep(self.seconds)
         yield from encode(label)
@@ -69,7 +69,7 @@ class CountingEncode:
     def calls(self) -> list[str]:
         if not self.log.exists():
             return []
-        return [line.split(" ", 1)[1] for line in self.log.read_text().splitlines()]
+        return [line.split(" ", 1)[1] for line in self.log.read_text(encoding="utf-8").splitlines()]
 
 
 class PhantomStore:

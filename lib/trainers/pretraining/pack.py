@@ -37,7 +37,7 @@ def pack(data: Path, target: Path, *, longest: int = 320, slices_per_volume: int
     The index's `bank` cases become the split "train", its `targets` are held out. Volumes give
     `slices_per_volume` labelled slices, evenly spread. Pictures are shrunk to `longest` pixels.
     """
-    index = json.loads((data / "index.json").read_text())
+    index = json.loads((data / "index.json").read_text(encoding="utf-8"))
     sets: dict[str, dict[str, list[str] | list[int]]] = {}
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, entry in sorted(index.items()):
