@@ -9,7 +9,7 @@ from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
-from lib.datastore import image_paths, leased_to_others
+from lib.datastore import given_before, image_paths, leased_to_others
 from lib.errors import RefSegError
 from lib.retrieval.coverage import coverage_order
 from lib.runtime import Runtime
@@ -22,8 +22,9 @@ SECONDS_A_CALL = 4.0  # of embedding within a request, which blocks the server's
 class RefSegStrategy(Strategy):
     """Greedy coverage over embeddings that are computed once and kept.
 
-    Labelled images are the first centers, and so are images that another client was given a moment
-    ago: they are about to be labelled. Images that are not embedded yet wait for a later call.
+    Labelled images are the first centers, and so are images that a client was given a moment ago:
+    they are about to be labelled. To ask again is to skip: a client is given its own again, the
+    oldest first, when nothing else is free. Images not embedded yet wait for a later call.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -39,12 +40,11 @@ class RefSegStrategy(Strategy):
         paths = image_paths(datastore)
         chosen = self._runtime.settings
         free = set(datastore.get_unlabeled_images()) & paths.keys()
-        free -= leased_to_others(
-            datastore,
-            sorted(free),
-            client_id=str(request.get("client_id") or "admin"),  # as the endpoint records it
-            seconds=chosen.lease,
-        )
+        client_id = str(request.get("client_id") or "admin")  # as the endpoint records it
+        lease = chosen.lease
+        free -= leased_to_others(datastore, sorted(free), client_id=client_id, seconds=lease)
+        own = given_before(datastore, sorted(free), client_id=client_id, seconds=lease)
+        free = free - own.keys() or {name for name in own if own[name] == min(own.values())}
         if not free:
             logger.info("no image is left to be labelled")
             return None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.datastore import StudiesDatastore
+from lib.datastore import StudiesDatastore, image_paths
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings
 from lib.strategies.refseg import RefSegStrategy
@@ -80,7 +80,7 @@ def test_the_choice_depends_on_the_seed_and_the_images_alone(
     annotation: Annotation, tmp_path: Path
 ) -> None:
     first = annotation.next()
-    again = Annotation(tmp_path).next()  # another process, a server started anew
+    again = Annotation(tmp_path, lease=0).next()  # another process, a server started anew
     assert first is not None
     assert again is not None
     assert again["id"] == first["id"]
@@ -92,6 +92,25 @@ def test_an_image_that_another_client_was_just_given_is_not_given_again(
     given = {annotation.next(f"client {n}")["id"] for n in range(6)}  # type: ignore[index]
     assert len(given) == 6
     assert annotation.next("client 6") is None
+
+
+def test_to_ask_again_is_to_skip(annotation: Annotation, tmp_path: Path) -> None:
+    order = []
+    for count in range(6):
+        chosen = annotation.next()
+        assert chosen is not None
+        order.append(chosen["id"])
+        given = {"refseg": {"ts": int(time.time()) - 60 + count, "client_id": "me"}}
+        annotation.store.update_image_info(chosen["id"], {"strategy": given})
+    assert len(set(order)) == 6
+    again = annotation.next()  # nothing else is free
+    assert again is not None
+    assert again["id"] == order[0]
+    annotation.label(order[1], tmp_path)
+    third = annotation.next()
+    assert third is not None
+    assert third["id"] == order[2]
+    assert annotation.next("another") is None
 
 
 def test_a_lease_ends(annotation: Annotation, tmp_path: Path) -> None:
@@ -138,7 +157,9 @@ def test_what_does_not_fit_the_time_of_a_call_is_done_in_the_background(
     assert first["embedded"] < 6
     assert "not compared yet" in first["message"]
     deadline = time.monotonic() + 300
-    while len(annotation.runtime.pool) < 6 and time.monotonic() < deadline:
+    paths = image_paths(annotation.store)
+    while len(annotation.runtime.pool.embeddings(paths, seconds=0)) < 6:
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     later = annotation.next()
     assert later is not None
