@@ -10,10 +10,7 @@ import torch
 
 from lib.errors import RequestError, WeightsError
 from lib.models.build import build_embedder, build_segmenter, plan_embedder, plan_segmenter
-from lib.models.matchseg import BUNDLED
 from lib.models.sam2_network import random_network
-
-needs_bundled = pytest.mark.skipif(not BUNDLED.exists(), reason="no bundled weights in this tree")
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +75,6 @@ def test_unknown_options_are_refused():
         plan_segmenter("auto", device="cuda:77")
 
 
-@needs_bundled
 def test_the_bundled_network_serves_as_segmenter_and_as_embedder_of_any_segmenter(weights):
     segmenter = build_segmenter("auto", weights=weights, device="cpu")
     assert segmenter.name == "matchseg"
