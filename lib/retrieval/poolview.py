@@ -1,0 +1,132 @@
+"""What a ranking of images sees and says: ids, vectors and slice numbers; no files, no networks."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.types import FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class PoolView:
+    """The embeddings of a pool of images, rows of one image side by side, images sorted by id.
+
+    Attributes:
+        ids: M image ids, sorted.
+        vectors: (N, E) unit float32, one row per slice.
+        starts: (M + 1,) image m has the rows `starts[m]:starts[m + 1]`, at least one.
+        slices: (N,) the number of each row's slice in its volume.
+    """
+
+    ids: tuple[str, ...]
+    vectors: FloatArray
+    starts: npt.NDArray[np.int64]
+    slices: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        embeddings: Mapping[str, FloatArray],
+        slices: Mapping[str, Sequence[int]] | None = None,
+    ) -> "PoolView":
+        """Lay out the embeddings (n, E) of each image.
+
+        Args:
+            embeddings: image id -> (n, E) unit vectors; images without rows are left out.
+            slices: image id -> n slice numbers; 0, 1, ... of an image that is not in it.
+        """
+        ids = tuple(sorted(name for name, rows in embeddings.items() if len(rows)))
+        counts = [len(embeddings[name]) for name in ids]
+        known = slices or {}
+        numbers = [known.get(name, range(len(embeddings[name]))) for name in ids]
+        for name, count, own in zip(ids, counts, numbers, strict=True):
+            if len(own) != count:
+                msg = f"image {name!r} has {count} embeddings and {len(own)} slice numbers"
+                raise ValueError(f"{msg}; give one number for each")
+        vectors = (
+            np.concatenate([embeddings[name] for name in ids])
+            if ids
+            else np.zeros((0, 0), np.float32)
+        )
+        return cls(
+            ids=ids,
+            vectors=np.ascontiguousarray(vectors, dtype=np.float32),
+            starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            slices=np.array([n for own in numbers for n in own], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def owners(self) -> npt.NDArray[np.int64]:
+        """(N,) the image of each row, as its position in `ids`."""
+        return np.repeat(np.arange(len(self.ids)), np.diff(self.starts))
+
+    def rows(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """All rows of images (positions in `ids`), in their order."""
+        counts = self.starts[images + 1] - self.starts[images]
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else 0
+        shift = np.repeat(self.starts[images] - (ends - counts), counts)
+        return np.arange(total, dtype=np.int64) + shift
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An image to label next.
+
+    Attributes:
+        image_id: which.
+        score: by which it won; comparable within one answer, not between rankings.
+        reason: a sentence's worth of why, for a person.
+        slices: the slices most worth labelling, best first, for who labels sparsely.
+    """
+
+    image_id: str
+    score: float
+    reason: str
+    slices: tuple[int, ...]
+
+
+class Ranking(Protocol):
+    """Orders the unlabelled images of one pool and is kept in step with what gets labelled.
+
+    Not thread-safe. Ids that are not in the pool are passed over everywhere. The answers are a
+    function of pool, seed, labelled images and risk alone, however these came to be.
+    """
+
+    def add_labelled(self, ids: Iterable[str], labels: Iterable[str] | None = None) -> None:
+        """Images are labelled now, or about to be.
+
+        Args:
+            ids: which; they are not proposed any more.
+            labels: names that were annotated in these images, of the `labels` that the ranking
+                was made for: where some are missing, the images stay in the race for those. None:
+                all of them.
+        """
+        ...
+
+    def remove_labelled(self, ids: Iterable[str]) -> None:
+        """Images have no label any more; they come back into the race."""
+        ...
+
+    def set_risk(self, risk: Mapping[str, float]) -> None:
+        """What is known of 1 - expected Dice of images, 0..1; replaces what was known before.
+
+        Rankings that do not look at risk ignore it; the others estimate it for images not named,
+        from their distance to the labelled ones.
+        """
+        ...
+
+    def next(self, exclude: Collection[str] = (), n: int = 1) -> list[Proposal]:
+        """The n best images, in the order in which to label them; fewer, if fewer are left.
+
+        Args:
+            exclude: ids not to be proposed this time.
+            n: how many. The second is chosen as if the first were labelled already.
+        """
+        ...
