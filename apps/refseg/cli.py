@@ -353,6 +353,9 @@ def _bytes(size: int | None) -> str:
     return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} kB"
 
 
+from apps.refseg.commands import simulate as _simulate  # noqa: F401  registers its command
+
+
 def main() -> int:
     """Run the command line; the exit code comes from typer."""
     app()

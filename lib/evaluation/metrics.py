@@ -1,4 +1,9 @@
-"""Dice of label maps, its conventions, and the spread of a mean."""
+"""Dice and surface distances of label maps, their conventions, and the spread of a mean.
+
+Where the truth has nothing of a label there is no measurement: NaN, and what was found is counted
+by `false_alarm`. Where the truth has it and nothing was found, Dice and NSD are 0 and HD95 is the
+longest distance that the grid has, so that a structure missed does not vanish from a mean.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +40,57 @@ def false_alarm(found: IntArray, truth: IntArray, value: int) -> bool | None:
     if bool((truth == value).any()):
         return None
     return bool((found == value).any())
+
+
+@dataclass(frozen=True)
+class Surface:
+    """How far two surfaces are apart.
+
+    Attributes:
+        hd95_mm: 95th percentile of the distances between the surfaces, the larger of both ways.
+        nsd: share of both surfaces that is within the tolerance of the other, 0..1.
+    """
+
+    hd95_mm: float
+    nsd: float
+
+
+def surface(
+    found: npt.NDArray[np.bool_],
+    truth: npt.NDArray[np.bool_],
+    spacing_mm: Sequence[float],
+    *,
+    tolerance_mm: float,
+) -> Surface:
+    """Hausdorff distance (95 %) and normalized surface Dice, as MONAI has them.
+
+    Axes of one voxel are left out: such a volume is a plane. Conventions of empty masks: see the
+    head of this file.
+
+    Args:
+        found: (I, J, K) or (H, W).
+        truth: same shape.
+        spacing_mm: of each axis.
+        tolerance_mm: for the surface Dice.
+    """
+    kept = [axis for axis, size in enumerate(truth.shape) if size > 1]
+    spacing = [float(spacing_mm[axis]) for axis in kept]
+    if not truth.any():
+        return Surface(float("nan"), float("nan"))
+    if not found.any():
+        lengths = [(truth.shape[a] - 1) * mm for a, mm in zip(kept, spacing, strict=True)]
+        return Surface(float(np.linalg.norm(lengths)), 0.0)
+    if len(kept) < 2:
+        return Surface(float("nan"), float("nan"))
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    pair = [torch.from_numpy(mask.squeeze())[None, None] for mask in (found, truth)]
+    far = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
+    near = compute_surface_dice(
+        *pair, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing
+    )
+    return Surface(float(far), float(near))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,34 @@ class Panel:
     labels: IntArray | None = None
 
 
+def data_address(panel: Panel, height: int) -> str:
+    """A panel as a `data:` address of a small JPEG, its labels outlined: a page can hold it."""
+    import base64
+    import io
+
+    from PIL import Image
+    from scipy.ndimage import binary_erosion
+
+    picture = panel.picture if panel.picture.ndim == 3 else np.dstack([panel.picture] * 3)
+    rows, columns = picture.shape[:2]
+    width = max(1, round(height * columns / rows))
+    small = Image.fromarray((np.clip(picture, 0, 1) * 255).astype(np.uint8))
+    pixels = np.array(small.resize((width, height), Image.Resampling.BILINEAR))
+    if panel.labels is not None:
+        # looked up, not interpolated: the numbers are names
+        row = (np.arange(height) + 0.5) * rows / height
+        column = (np.arange(width) + 0.5) * columns / width
+        labels = panel.labels[row.astype(int)][:, column.astype(int)]
+        for value in np.unique(labels[labels > 0]):
+            mask = labels == value
+            edge = mask & ~binary_erosion(mask, iterations=2 if height > 150 else 1)
+            color = COLORS[(int(value) - 1) % len(COLORS)]
+            pixels[edge] = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
 def contact_sheet(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -> None:
     """Write rows of panels as one PNG; labels are outlined and lightly filled."""
     import matplotlib

@@ -1,0 +1,1 @@
+"""Annotation campaigns replayed on labelled folders: how many labels buy which Dice."""
