@@ -23,3 +23,11 @@ class WeightsError(RefSegError, LookupError):
 
 class RequestError(RefSegError, ValueError):
     """A request's option is unknown or out of range."""
+
+
+class ModelStoreError(RefSegError):
+    """A site's model cannot be stored, found or read."""
+
+
+class TrainingError(RefSegError, ValueError):
+    """Training cannot start or go on with these labels or on this machine."""

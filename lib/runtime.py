@@ -15,6 +15,7 @@ from lib.imaging.io import read_image
 from lib.memory.bank import MemoryBank
 from lib.memory.pool import EmbeddingPool
 from lib.memory.records import SyncReport
+from lib.models.protocol import ReferenceSegmenter
 from lib.pool import Pool
 from lib.segmentation import Options
 from lib.segmenter import Progress, ReferenceEngine
@@ -34,15 +35,25 @@ class Runtime:
     needs the bank waits here for one that runs in the background), `_build_lock` (building).
     """
 
-    def __init__(self, settings: RefSegSettings, *, bank_root: Path, studies: str) -> None:
+    def __init__(
+        self,
+        settings: RefSegSettings,
+        *,
+        bank_root: Path,
+        studies: str,
+        load_segmenter: Callable[[], ReferenceSegmenter] | None = None,
+    ) -> None:
         """Nothing is loaded and nothing is written yet.
 
         Args:
             settings: options.
             bank_root: folder of the banks, where the settings name none.
             studies: folder or URL of the datastore; each has a bank of its own.
+            load_segmenter: loads the segmenter in place of the one that the settings choose, such
+                as a model of the site's own.
         """
         self.settings = settings
+        self._load_segmenter = load_segmenter
         self.folder = (settings.bank or bank_root) / studies_name(studies)
         self._sync_lock = threading.RLock()
         self._build_lock = threading.RLock()
@@ -73,13 +84,17 @@ class Runtime:
                 from lib.models.build import build_embedder, build_segmenter
 
                 chosen, start = self.settings, time.perf_counter()
-                segmenter = build_segmenter(
-                    chosen.segmenter,
-                    weights=chosen.weights,
-                    device=chosen.device,
-                    sam2_variant=chosen.sam2_variant,
-                    sam2_version=chosen.sam2_version,
-                    sam2_size=int(chosen.sam2_size),
+                segmenter = (
+                    self._load_segmenter()
+                    if self._load_segmenter is not None
+                    else build_segmenter(
+                        chosen.segmenter,
+                        weights=chosen.weights,
+                        device=chosen.device,
+                        sam2_variant=chosen.sam2_variant,
+                        sam2_version=chosen.sam2_version,
+                        sam2_size=int(chosen.sam2_size),
+                    )
                 )
                 embedder = build_embedder(
                     chosen.embedder,

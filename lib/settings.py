@@ -42,6 +42,7 @@ class RefSegSettings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     weights: Path | None = Field(None, description="folder that holds fetched weights")
     bank: Path | None = Field(None, description="folder of the memory banks")
+    site_models: Path | None = Field(None, description="folder of the models trained here")
 
     labels: Names = Field((), description="label names to segment, comma-separated; else all seen")
     tags: Names = Field(("final",), description="label tags that count as references")
@@ -83,7 +84,7 @@ class RefSegSettings(BaseSettings):
     def _split_window(cls, value: Any) -> Any:
         return parse_window(value) if isinstance(value, str) else value
 
-    @field_validator("weights", "bank", mode="after")
+    @field_validator("weights", "bank", "site_models", mode="after")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return value.expanduser().resolve() if value is not None else None

@@ -23,15 +23,20 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
 from lib.datastore import StudiesDatastore, label_names, labelled_images
 from lib.infers.batch import RefSegBatch
+from lib.infers.matchseg import MatchSeg
 from lib.infers.refseg import RefSeg
 from lib.runtime import Runtime
 from lib.settings import from_conf
+from lib.site.serving import SiteModel
+from lib.site.store import ModelStore
 from lib.strategies.refseg import RefSegStrategy
+from lib.trainers.matchseg import MatchSegTrainer
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -45,8 +50,14 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         """Load no network: that happens in the background, or when it is first needed."""
         self._settings = from_conf(conf or {})
-        self._runtime = Runtime(
-            self._settings, bank_root=Path(app_dir) / "model" / "bank", studies=studies
+        rooms = Path(app_dir) / "model"
+        self._runtime = Runtime(self._settings, bank_root=rooms / "bank", studies=studies)
+        self._site = SiteModel(
+            ModelStore.of(self._settings, rooms / "site", studies),
+            self._settings,
+            bank_root=rooms / "bank",
+            studies=studies,
+            list_labels=self._labelled,
         )
         super().__init__(
             app_dir,
@@ -64,9 +75,14 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         return StudiesDatastore(self.studies, copies=self._runtime.folder / "copies")
 
     def init_infers(self) -> dict[str, InferTask]:
-        """One task, whatever the networks."""
+        """One task, whatever the networks, and one for the site's own model."""
         self._task = RefSeg(self._runtime, self._labelled)
-        return {"refseg": self._task}
+        own = MatchSeg(self._site, self._task, self._labelled)
+        return {"refseg": self._task, "matchseg": own}
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """Clients show the progress of the first."""
+        return {"matchseg": MatchSegTrainer(self._site, self._settings)}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
@@ -89,6 +105,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         super().on_init_complete()
         if self._settings.warm_up:
             self._runtime.sync_soon(self._labelled, warm=True)
+            self._site.prepare_soon()
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Start learning a new label; the next request waits for it. Never raises: it is stored."""
@@ -101,6 +118,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         except Exception:
             logger.exception("the names of the label of %s cannot be told yet", image_id)
         self._runtime.sync_soon(self._labelled)
+        self._site.sync_soon()
         self._task.announce(image_id, names)
         return {"refseg": "being learned; the next segmentation refers to it"}
 

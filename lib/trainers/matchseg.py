@@ -1,0 +1,212 @@
+"""Trainer `matchseg`: a request becomes checked options, a training the platform's answer."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+from fastapi import HTTPException
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.train import TrainTask
+
+from lib.datastore import image_paths, labelled_images
+from lib.errors import RefSegError, RequestError
+from lib.settings import RefSegSettings
+from lib.site.serving import SiteModel
+from lib.trainers.site.loop import PROGRESS, SitePlan
+from lib.trainers.site.training import (
+    SCRATCH_RATE,
+    WORKROOM,
+    TrainingReport,
+    TrainOptions,
+    train_model,
+)
+
+logger = logging.getLogger(__name__)
+
+STARTS = ("bundled", "scratch")
+
+
+class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untyped
+    """Trains the site's own model on the datastore's final labels.
+
+    MONAI Label calls it in a process of its own, which builds the whole app again: all that it
+    says to the server, it says by files.
+    """
+
+    def __init__(self, site: SiteModel, settings: RefSegSettings) -> None:
+        """Nothing is loaded here."""
+        super().__init__("Trains the site's own network on the labels submitted here")
+        self._site = site
+        self._settings = settings
+
+    def config(self) -> dict[str, Any]:
+        """Options as 3D Slicer and OHIF show them: numbers, ticks, lists to choose from."""
+        plan = SitePlan()
+        return {
+            "max_epochs": plan.epochs,
+            "minutes": int(plan.minutes),
+            "early_stop_patience": plan.patience,
+            "val_split": 0.2,
+            "start": list(STARTS),
+            "unlabelled_images": True,
+            "multi_gpu": True,
+            "resume": True,
+            "rollback": False,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """The last training in the fields that clients read; {} before the first. Never raises."""
+        path = self._site.store.folder / WORKROOM / PROGRESS
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            running = bool(told["running"]) and psutil.pid_exists(int(told["pid"]))
+            found = {
+                "epoch": int(told["epoch"]),
+                "total_epochs": int(told["total_epochs"]),
+                "best_metric": float(told["best_metric"]),
+                "total_time": "" if running else _clock(float(told["seconds"])),
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the training's progress cannot be told: %s", error)
+            return {}
+        card = self._site.card()
+        if card is not None:
+            found["model"] = {"version": card.version, "dice": card.dice, "date": card.date}
+        return found
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train, or roll back.
+
+        Raises:
+            HTTPException: 422 with a sentence; the platform shows it in the task's last lines.
+        """
+        try:
+            if _truth(request, "rollback", False):
+                return self._rollback()
+            options = parse_options(request)
+            labelled = labelled_images(datastore, self._settings.tags)
+            names = {one.image_id for one in labelled}
+            others = [path for key, path in image_paths(datastore).items() if key not in names]
+            report = train_model(self._site, self._settings, labelled, options, unlabelled=others)
+        except RefSegError as error:
+            logger.error("%s", error)
+            raise HTTPException(422, str(error)) from None
+        return _answer(report)
+
+    def _rollback(self) -> dict[str, Any]:
+        left = self._site.store.current()
+        card = self._site.rollback()
+        now = f"model {card.version} is in use" if card else "this site has no model of its own"
+        message = f"Rolled back from model {left.version if left else '-'}: {now}."
+        logger.info("%s", message)
+        return {"message": message, "model": card.version if card else None}
+
+
+def parse_options(request: Mapping[str, Any]) -> TrainOptions:
+    """Check every value that is used; keys of the platform are let pass.
+
+    Raises:
+        RequestError: a value is not allowed; the message says what is.
+    """
+    start = _first(request.get("start") or STARTS[0])
+    if start not in STARTS:
+        msg = f"start {start!r} is not allowed; allowed are {', '.join(STARTS)}."
+        raise RequestError(msg)
+    usual = asdict(SitePlan())
+    rate = usual["rate"] if start == "bundled" else SCRATCH_RATE
+    encoder_rate = usual["encoder_rate"] if start == "bundled" else SCRATCH_RATE
+    regions = _number(request, "regions", usual["regions"], 0, 1)
+    plan = SitePlan(
+        epochs=int(_number(request, "max_epochs", usual["epochs"], 1, 10_000, whole=True)),
+        steps=int(_number(request, "steps_per_epoch", usual["steps"], 1, 100_000, whole=True)),
+        minutes=_number(request, "minutes", usual["minutes"], 0, 100_000),
+        patience=int(
+            _number(request, "early_stop_patience", usual["patience"], 0, 10_000, whole=True)
+        ),
+        size=_size(request),
+        images=int(_number(request, "images", usual["images"], 3, 64, whole=True)),
+        rate=_number(request, "rate", rate, 1e-7, 1),
+        encoder_rate=_number(request, "encoder_rate", encoder_rate, 0, 1),
+        regions=regions,
+        seed=int(_number(request, "seed", usual["seed"], 0, 2**31 - 1, whole=True)),
+    )
+    return TrainOptions(
+        plan=plan,
+        start="bundled" if start == "bundled" else "scratch",
+        share=_number(request, "val_split", 0.2, 0.05, 0.5),
+        unlabelled=_truth(request, "unlabelled_images", True),
+        several_gpus=_truth(request, "multi_gpu", True),
+        resume=_truth(request, "resume", True),
+    )
+
+
+def _size(request: Mapping[str, Any]) -> int:
+    size = int(_number(request, "size", 0, 0, 1024, whole=True))
+    if size % 32:
+        msg = f"size {size} is not allowed; it is a multiple of 32, or 0 for the network's own."
+        raise RequestError(msg)
+    return size
+
+
+def _number(
+    request: Mapping[str, Any],
+    key: str,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    whole: bool = False,
+) -> float:
+    value = _first(request.get(key))
+    if value is None or value == "":
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    fits = low <= number <= high and (not whole or number == round(number))
+    if isinstance(value, bool) or not fits:
+        kind = "a whole number" if whole else "a number"
+        msg = f"{key} {value!r} is not allowed; it is {kind} from {low:g} to {high:g}."
+        raise RequestError(msg)
+    return number
+
+
+def _truth(request: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = _first(request.get(key))
+    if value is None or value == "":
+        return default
+    text = str(value).lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    msg = f"{key} {value!r} is not allowed; it is true or false."
+    raise RequestError(msg)
+
+
+def _first(value: Any) -> Any:
+    """Lists are choices; the chosen one stands first."""
+    return (value[0] if value else None) if isinstance(value, list | tuple) else value
+
+
+def _answer(report: TrainingReport) -> dict[str, Any]:
+    return {
+        "message": report.message,
+        "published": report.published,
+        "model": report.card.version if report.card else None,
+        "dice": round(report.dice, 4),
+        "dice_before": round(report.dice_before, 4),
+        "epochs": report.epochs,
+        "total_time": _clock(report.seconds),
+    }
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))

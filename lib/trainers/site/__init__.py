@@ -1,0 +1,1 @@
+"""Training of a site's own model: packed cases, split, episodes, loop, validation, publication."""
