@@ -1,0 +1,214 @@
+"""MONAI Label's application with its own functions, run in threads instead of on the event loop.
+
+Its endpoints are `async def`, yet never wait: each would hold up all other requests. Here each
+route is made anew from the same function, path and options, and the function is called in a lane
+of threads, after the request was checked. Answers and OpenAPI stay what they were.
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from monailabel.utils.async_tasks.utils import background_processes, stop_background_task
+from starlette.background import BackgroundTasks
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
+from starlette.routing import Mount
+
+from apps.refseg.server.answers import http_problem, invalid_request, translated
+from apps.refseg.server.checks import check_arguments, client_of, with_argument
+from apps.refseg.server.lanes import ClientGoneError, Lane
+from apps.refseg.server.options import ServeOptions
+from lib.datastore import extensions
+
+logger = logging.getLogger(__name__)
+
+STOP_PATIENCE_S = 10.0  # a job ends with its batch of slices
+OURS = "refseg_request"  # the argument by which a route's function is given its request
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Who may hold up whom: segmentations wait for segmentations, next samples for each other.
+
+    Attributes:
+        infer: the networks' work, bounded by the server's owner.
+        sample: one at a time, so that no two clients are given the same image.
+        tasks: starts of training, scoring and batches, whose platform code is not made for threads.
+        general: all else, which is quick.
+    """
+
+    infer: Lane
+    sample: Lane
+    tasks: Lane
+    general: Lane
+
+    @classmethod
+    def of(cls, options: ServeOptions) -> "Lanes":
+        """The lanes of one server."""
+        return cls(
+            infer=Lane("infer", at_once=options.infer_at_once, waiting=options.infer_queue),
+            sample=Lane("sample", at_once=1, waiting=256),
+            tasks=Lane("tasks", at_once=1, waiting=16),
+            general=Lane("general", at_once=16, waiting=1024),
+        )
+
+    def all(self) -> tuple[Lane, ...]:
+        """In no order."""
+        return self.infer, self.sample, self.tasks, self.general
+
+    def for_route(self, path: str, methods: "set[str]") -> Lane:
+        """The lane of a route."""
+        if path.startswith("/infer"):
+            return self.infer
+        if path.startswith("/activelearning"):
+            return self.sample
+        if path.startswith(("/train", "/batch", "/scoring")) and "POST" in methods:
+            return self.tasks
+        return self.general
+
+
+def build(lanes: Lanes, more: Sequence[APIRouter] = ()) -> FastAPI:
+    """MONAI Label's application, off the event loop.
+
+    Args:
+        lanes: where its functions run.
+        more: routes of ours, which come first.
+    """
+    from monailabel import app as platform
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> Any:
+        async with platform.lifespan(app):
+            yield
+            await _end(lanes)
+
+    app = FastAPI(
+        title=platform.app.title,
+        openapi_url=platform.app.openapi_url,
+        docs_url=None,
+        redoc_url="/docs",
+        lifespan=lifespan,
+        exception_handlers={
+            StarletteHTTPException: http_problem,
+            RequestValidationError: invalid_request,
+        },
+    )
+    for router in more:
+        app.include_router(router)
+    for mount in platform.app.routes:
+        if isinstance(mount, Mount):
+            app.router.routes.append(mount)
+    for route in _routes(platform):
+        app.router.routes.append(_off_loop(route, lanes))
+    return app
+
+
+async def _end(lanes: Lanes) -> None:
+    """Leave nothing behind: no training without its server, no half-done segmentation."""
+    for method in list(background_processes):
+        stop_background_task(method)
+    ended = await asyncio.gather(*(lane.close(STOP_PATIENCE_S) for lane in lanes.all()))
+    if not all(ended):
+        logger.warning("stopped while work was still being done; nothing of it was stored")
+
+
+def _routes(platform: Any) -> list[APIRoute]:
+    """The platform's routes in its order, those of its routers with their full paths."""
+    routers = (
+        platform.info,
+        platform.model,
+        platform.infer,
+        platform.wsi_infer,
+        platform.batch_infer,
+        platform.train,
+        platform.activelearning,
+        platform.scoring,
+        platform.datastore,
+        platform.logs,
+        platform.ohif,
+        platform.proxy,
+        platform.session,
+    )
+    found = [route for module in routers for route in module.router.routes]
+    found += platform.app.routes
+    return [route for route in found if isinstance(route, APIRoute) and route.path != "/reload"]
+
+
+def _off_loop(route: APIRoute, lanes: Lanes) -> APIRoute:
+    return APIRoute(
+        route.path,
+        _in_lane(route, lanes.for_route(route.path, route.methods or set())),
+        name=route.name,
+        methods=route.methods,
+        tags=route.tags,
+        summary=route.summary,
+        description=route.description,
+        responses=route.responses,
+        deprecated=route.deprecated,
+        include_in_schema=route.include_in_schema,
+    )
+
+
+def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, Any]]:
+    endpoint = route.endpoint
+
+    @functools.wraps(endpoint)
+    async def call(**given: Any) -> Any:
+        request: Request = given.pop(OURS)
+        client = request.client.host if request.client else ""
+        try:
+            check_arguments(route.path, given, served_endings)
+            if isinstance(given.get("request"), Request):
+                await request.body()  # kept by the request, so that the function need not wait
+            return await lane.run(
+                functools.partial(_answer, endpoint, given),
+                client=client_of(given, client),
+                gone=_until_gone(request),
+            )
+        except ClientGoneError as error:
+            background = given.get("background_tasks")
+            if isinstance(background, BackgroundTasks):
+                await background()  # they delete temporary files
+            raise translated(error) from error
+        except Exception as error:
+            raise translated(error) from error
+
+    call.__signature__ = with_argument(endpoint, OURS, Request)  # type: ignore[attr-defined]
+    return call
+
+
+def _answer(endpoint: Callable[..., Coroutine[Any, Any, Any]], given: Mapping[str, Any]) -> Any:
+    """Call a function of the platform, in a thread, and make its answer there, too."""
+    result = _run_to_end(endpoint(**given))
+    return result if isinstance(result, Response) else JSONResponse(jsonable_encoder(result))
+
+
+def _run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    msg = f"{coroutine} waits for something, which it must not do in a thread"
+    raise RuntimeError(msg)
+
+
+async def _until_gone(request: Request) -> None:
+    """Wait until the client closes its connection; the body has been read by now."""
+    while (await request.receive())["type"] != "http.disconnect":
+        await asyncio.sleep(0)
+
+
+def served_endings() -> list[str]:
+    """Extensions of images and labels that the datastore takes, lower case."""
+    return sorted({pattern.replace("*", "").lower() for pattern in extensions()})
