@@ -44,8 +44,8 @@ class PoolView:
         numbers = [known.get(name, range(len(embeddings[name]))) for name in ids]
         for name, count, own in zip(ids, counts, numbers, strict=True):
             if len(own) != count:
-                msg = f"image {name!r} has {count} embeddings and {len(own)} slice numbers"
-                raise ValueError(f"{msg}; give one number for each")
+                msg = f"image {name!r}: {count} embeddings, {len(own)} slice numbers; give one each"
+                raise ValueError(msg)
         vectors = (
             np.concatenate([embeddings[name] for name in ids])
             if ids

@@ -27,6 +27,9 @@ The contract between strategies and the campaign simulator, pure: ids and vector
 from collections.abc import Mapping, Sequence
 
 from lib.retrieval import peers
+from lib.retrieval.clusters import TypiClust, pure_radius
+from lib.retrieval.distance import Farthest, Riskiest
+from lib.retrieval.herding import Herding
 from lib.retrieval.poolview import PoolView, Proposal, Ranking
 
 __all__ = ["NAMES", "PoolView", "Proposal", "Ranking", "make_ranking"]
@@ -70,5 +73,18 @@ def make_ranking(
         return peers.random(pool, seed, labels)
     if name == "foreground":
         return peers.foreground_random(pool, seed, foreground or {}, labels)
+    if name == "kcenter":
+        return Farthest(pool, seed, labels)
+    if name == "uncertainty":
+        return Riskiest(pool, seed, labels)
+    if name == "typiclust":
+        return TypiClust(pool, seed, labels=labels)
+    if name == "probcover":
+        radius = pure_radius(pool, seed)
+        return Herding(pool, seed, labels=labels, kernel="ball", width=radius)
+    if name == "coverage":
+        return Herding(pool, seed, labels=labels)
+    if name == "refseg":
+        return Herding(pool, seed, labels=labels, weighting="risk")
     msg = f"ranking {name!r} is unknown; there are {', '.join(NAMES)}."
     raise ValueError(msg)
