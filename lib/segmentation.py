@@ -70,26 +70,27 @@ class Tally:
     def __init__(self) -> None:
         self._area: dict[str, int] = defaultdict(int)
         self._belief: dict[str, float] = defaultdict(float)
+        self._slices: dict[int, dict[str, float]] = {}
         self._used: dict[str, dict[SliceKey, tuple[float, int]]] = defaultdict(dict)
 
     def add(
         self,
+        index: int,
         prediction: Prediction,
-        values: IntArray,
         names: Sequence[str],
         matches: Sequence[Match],
         known: torch.Tensor,
     ) -> None:
-        """Count one slice.
+        """Note who voted on slice `index`, and how far each label is believed there.
 
         Args:
+            index: of the slice.
             prediction: of the labels `names`.
-            values: (H, W) what won: 0 or label row + 1.
             names: labels that were decided on this slice.
             matches: the references.
             known: (R, L) bool, which reference knew which label.
         """
-        areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
+        beliefs = self._slices[index] = {}
         for row, name in enumerate(names):
             voters = [match for match, knows in zip(matches, known[:, row], strict=True) if knows]
             for match in voters:
@@ -97,8 +98,15 @@ class Tally:
                 self._used[name][match.key] = (max(best, match.similarity), count + 1)
             similarity = max(0.0, max(match.similarity for match in voters))
             belief = float(prediction.quality[row] * prediction.presence[row]) * similarity
-            self._area[name] += int(areas[row])
-            self._belief[name] += int(areas[row]) * min(1.0, belief)
+            beliefs[name] = min(1.0, belief)
+
+    def count(self, index: int, values: IntArray, names: Sequence[str]) -> None:
+        """Count what was painted on slice `index`: (H, W), 0 or the label's place in names + 1."""
+        areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
+        for name, belief in self._slices.get(index, {}).items():
+            area = int(areas[names.index(name)])
+            self._area[name] += area
+            self._belief[name] += area * belief
 
     def add_own(self, annotation: Annotation, names: Sequence[str]) -> None:
         """Count the annotator's own slices, of which nothing is in doubt."""
@@ -132,15 +140,6 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def merge(scores: torch.Tensor, shape: tuple[int, int]) -> IntArray:
-    """Let labels compete pixel by pixel: (L, S, S) scores -> (H, W) int32, 0 or label row + 1."""
-    full = torch.nn.functional.interpolate(
-        scores[None].float(), size=shape, mode="bilinear", align_corners=False
-    )[0]
-    best, row = full.max(0)
-    return torch.where(best > 0, row + 1, 0).to(torch.int32).cpu().numpy()
 
 
 def message_for(names: Sequence[str], unknown: Sequence[str]) -> str:

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from lib.annotation import Annotation, put_back, read_annotation
+from lib.decision import Decision
 from lib.errors import RequestError
 from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.slices import assemble, cut, cut_labels, through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.models.protocol import Embedder, ReferenceSegmenter
-from lib.segmentation import Options, Segmentation, Stopwatch, Tally, merge, message_for
+from lib.segmentation import Options, Segmentation, Stopwatch, Tally, message_for
 from lib.types import (
     Features,
     FloatArray,
-    IntArray,
     LabelledImage,
     Match,
     Reference,
@@ -173,6 +173,7 @@ class ReferenceEngine:
         if annotation is not None and annotation.axis == axis and annotation.labels >= set(names):
             todo = [index for index in todo if index not in set(annotation.slices)]
         own_slices = _own_slices(bank, own, names, annotation)
+        decision = Decision(len(names), len(todo))
         done = 0
         for chunk in _chunks(todo, self._batch):
             images = [pictures[index] for index in chunk]
@@ -181,13 +182,16 @@ class ReferenceEngine:
             with watch("retrieve"):
                 groups = self._matches(bank, embeddings, names, options, own_slices)
             for row, index in enumerate(chunk):
-                result[index] = self._segment_slice(
-                    bank, features[row], groups[row], names, (height, width), tally, watch
+                self._segment_slice(
+                    bank, features[row], groups[row], names, index, decision, tally, watch
                 )
             done += len(chunk)
             if on_progress is not None:
                 on_progress(done, len(todo))
         with watch("merge"):
+            for index in todo:
+                result[index] = decision.draw(index, (height, width))
+                tally.count(index, result[index], names)
             label_map = assemble(result, axis)
             if annotation is not None:
                 label_map = put_back(label_map, annotation, names)
@@ -238,13 +242,14 @@ class ReferenceEngine:
         features: Features,
         matches: Sequence[Match],
         names: tuple[str, ...],
-        shape: tuple[int, int],
+        index: int,
+        decision: Decision,
         tally: Tally,
         watch: Stopwatch,
-    ) -> IntArray:
-        """One slice -> (H, W) int32, value v is `names[v - 1]`."""
+    ) -> None:
+        """Score one slice for the decision over the whole image."""
         if not matches:
-            return np.zeros(shape, np.int32)
+            return
         with watch("load"):
             memories, known = bank.load([match.key for match in matches], names)
         asked = known.any(0)  # a label that none of these references knows stays undecided here
@@ -255,10 +260,8 @@ class ReferenceEngine:
                 known = known[:, rows]
             prediction = self.segmenter.segment(features, memories, known)
         with watch("merge"):
-            values = merge(prediction.scores, shape)  # (H, W), 0 or row + 1
-            lookup = np.concatenate([[0], rows.numpy() + 1]).astype(np.int32)
-            tally.add(prediction, values, [names[row] for row in rows], matches, known)
-            return lookup[values]
+            decision.add(index, prediction.scores, rows.tolist())
+            tally.add(index, prediction, [names[row] for row in rows], matches, known)
 
 
 def _own_slices(

@@ -61,8 +61,7 @@ class Prediction:
     """A segmenter's answer for one query slice.
 
     Attributes:
-        scores: (L, S, S) float32 at the working size. A label wins a pixel where its score is
-            positive and the highest of all labels.
+        scores: (L, S, S) float32 at the working size, log-odds of each label against background.
         presence: (L,) probability that the label is on the slice at all.
         quality: (L,) expected Dice of the label's mask, in 0..1.
     """

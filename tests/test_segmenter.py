@@ -12,7 +12,7 @@ from lib.annotation import put_back, read_annotation
 from lib.errors import RequestError
 from lib.imaging.io import ImageVolume, read_image
 from lib.memory.bank import MemoryBank
-from lib.segmentation import Options, Segmentation, merge
+from lib.segmentation import Options, Segmentation
 from lib.segmenter import ReferenceEngine
 from lib.types import Features, FloatArray, LabelledImage, Memory, Prediction
 
@@ -47,7 +47,8 @@ class Averager:
         self.asked.append((len(references), known.tolist()))
         masks = torch.stack([memory.labels for memory in references])  # (R, L, S, S)
         weights = known.float()[:, :, None, None]
-        scores = (masks * weights).sum(0) / weights.sum(0) - 0.5
+        share = (masks * weights).sum(0) / weights.sum(0)
+        scores = torch.logit(share.clamp(1e-3, 1 - 1e-3))
         labels = scores.shape[0]
         return Prediction(scores, torch.ones(labels), torch.full((labels,), 0.75))
 
@@ -284,12 +285,6 @@ def test_put_back_never_draws_over_a_label_that_was_not_asked_for(studio: Studio
 def test_a_label_asked_for_twice_is_refused(studio: Studio) -> None:
     with pytest.raises(RequestError, match="twice"):
         studio.segment(studio.image("query"), ["liver", "liver"])
-
-
-def test_the_highest_positive_score_wins() -> None:
-    scores = torch.tensor([[[1.0, -1.0], [2.0, -3.0]], [[0.5, -2.0], [3.0, 0.1]]])
-    np.testing.assert_array_equal(merge(scores, (2, 2)), [[1, 0], [2, 2]])
-    assert merge(scores, (7, 5)).shape == (7, 5)
 
 
 def test_progress_reaches_the_end_once_for_each_batch(studio: Studio) -> None:

@@ -67,7 +67,8 @@ def test_every_family_gives_images_in_range_and_labels_to_find(
     found = 0
     for _ in range(12):
         task = source.draw(4, synthetic=synthetic, regions=regions)
-        assert task.images.shape == (4, 3, 80, 80)
+        side = 80 if synthetic else source.side
+        assert task.images.shape == (4, 3, side, side)
         assert float(task.images.min()) >= 0
         assert float(task.images.max()) <= 1.0001
         episode = maker.make(task, most_supports=3, queries=2)

@@ -34,7 +34,7 @@ def train(
         float, typer.Option(help="Length of the whole schedule; 0: as --minutes.")
     ] = 0,
     size: Annotated[int, typer.Option(help="Working size in pixels.")] = 192,
-    images: Annotated[int, typer.Option(help="Images an episode.")] = 8,
+    images: Annotated[int, typer.Option(help="Images an episode, at most.")] = 12,
     episodes: Annotated[int, typer.Option(help="Episodes a step.")] = 2,
     synthetic: Annotated[float, typer.Option(help="Share of synthetic anatomies.")] = 0.35,
     regions: Annotated[float, typer.Option(help="Share of region tasks on real pictures.")] = 0.08,

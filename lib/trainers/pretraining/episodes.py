@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.models.matchseg import standardize
-from lib.trainers.pretraining.tasks import Task, noise, warp
+from lib.trainers.pretraining.tasks import Task, focus, noise, warp
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,8 @@ class EpisodeMaker:
             turns = int(self.rng.integers(1, 4))
             images, labels = images.rot90(turns, (-2, -1)), labels.rot90(turns, (-2, -1))
         grid = self._grid(n, 1 - task.rigid)
+        if self.rng.random() < 0.4:
+            grid = self._closer(grid, labels)
         images = warp(images, grid, mode="bilinear")
         labels = warp(labels[:, None].float(), grid, mode="nearest")[:, 0].long()
         if self.rng.random() < 0.5:
@@ -58,6 +60,7 @@ class EpisodeMaker:
         n_labels = max(int(labels.max()), 1)
         masks = F.one_hot(labels, n_labels + 1)[..., 1:].permute(0, 3, 1, 2).float()
         r = int(self.rng.integers(1, min(most_supports, n - 1) + 1))
+        queries = min(queries, n)
         others = torch.stack(
             [
                 torch.tensor([j for j in range(n) if j != i])[
@@ -97,6 +100,28 @@ class EpisodeMaker:
         bend = (0.01 + 0.05 * strength) * noise(n, 2, side, 4, g).permute(0, 2, 3, 1)
         return grid + bend
 
+    def _closer(self, grid: Tensor, labels: Tensor) -> Tensor:
+        """Move the sampling grid (N, S, S, 2) to where the labels are, as the second pass does.
+
+        One margin for the task, a little jitter for each image; an image without labels is cut
+        where another one has them.
+        """
+        g = self.generator
+        boxes = [focus(mask) for mask in labels > 0]
+        found = [b for b in boxes if b is not None]
+        if not found:
+            return grid
+        filled = [found[i % len(found)] if b is None else b for i, b in enumerate(boxes)]
+        center = torch.tensor([[x, y] for x, y, _ in filled])
+        half = torch.tensor([h for _, _, h in filled])
+        n = len(half)
+        margin = float(self.rng.uniform(1.2, 2.2))
+        half = half * margin * (1 + 0.15 * (torch.rand(n, generator=g) * 2 - 1))
+        half = half.clamp(0.15, 1)
+        center = center + 0.15 * half[:, None] * torch.randn(n, 2, generator=g)
+        center = center.clamp(half[:, None] - 1, 1 - half[:, None])  # stay inside the picture
+        return center[:, None, None] + half[:, None, None, None] * grid
+
     def _erase(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Paint over a label in some of the images, so that it is absent amid its usual neighbors.
 
@@ -110,10 +135,12 @@ class EpisodeMaker:
             if self.rng.random() > 0.4 or not bool(gap.any()) or float(gap.float().mean()) > 0.4:
                 continue
             near = F.max_pool2d(gap[None].float(), 5, 1, 2)  # the rim, too, tells of what was there
-            width = int(self.rng.integers(8, 20)) * 2 + 1
             keep = 1 - near
-            total = F.avg_pool2d(keep, width, 1, width // 2)
-            around = F.avg_pool2d(images[i] * keep, width, 1, width // 2) / total.clamp_min(1e-3)
+            width, size = int(self.rng.integers(2, 6)) * 2 + 1, near.shape[-2:]
+            coarse = F.avg_pool2d(torch.cat([keep, images[i] * keep]), 4)
+            coarse = F.avg_pool2d(coarse, width, 1, width // 2, count_include_pad=False)
+            wide = F.interpolate(coarse[None], size=size, mode="bilinear")[0]
+            total, around = wide[:1], wide[1:] / wide[:1].clamp_min(1e-3)
             whole = (images[i] * keep).mean((1, 2), keepdim=True) / keep.mean().clamp_min(1e-3)
             around = torch.where(total > 0.02, around, whole)
             grain = float(self.rng.uniform(0, 0.08)) * torch.randn(

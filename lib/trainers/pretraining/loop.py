@@ -43,10 +43,10 @@ class TrainingPlan:
     minutes: float
     total_minutes: float
     size: int = 192
-    images: int = 8
+    images: int = 12
     queries: int = 5
     episodes: int = 2
-    most_supports: int = 7
+    most_supports: int = 11
     rate: float = 1e-3
     encoder_rate: float = 2e-4
     synthetic: float = 0.35

@@ -21,7 +21,8 @@ def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
     background at zero, which is what inference decides by. Returns the loss and the mean soft Dice
     of the labels that are there, detached.
     """
-    target = torch.cat([1 - masks.sum(1, keepdim=True), masks], 1).argmax(1)  # (B, S, S)
+    number = torch.arange(1, masks.shape[1] + 1, device=masks.device)[:, None, None]
+    target = (masks * number).amax(1).long()  # (B, S, S), 0 is background
     scores = torch.cat([torch.zeros_like(output.scores[:, :1]), output.scores], 1)
     logs = F.log_softmax(scores, dim=1)
     picked = logs.gather(1, target[:, None])[:, 0]
@@ -46,9 +47,9 @@ def episode_loss(output: Output, masks: Tensor) -> tuple[Tensor, Tensor]:
     # Absence is rare in the episodes and matters as much as presence.
     rarity = torch.where(present, 1.0, 4.0)
     presence = F.binary_cross_entropy_with_logits(output.presence, present.float(), weight=rarity)
-    won = (
-        scores.argmax(1)[:, None] == torch.arange(1, scores.shape[1])[None, :, None, None]
-    ).float()
+    with torch.no_grad():  # argmax is slow across a strided axis
+        best = output.scores.amax(1, keepdim=True).clamp_min(0)
+        won = ((output.scores == best) & (best > 0)).float()
     achieved = soft_dice(won, masks).detach()
     quality = (
         F.binary_cross_entropy_with_logits(output.quality, achieved, reduction="none") * present

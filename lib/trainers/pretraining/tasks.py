@@ -37,9 +37,11 @@ class TaskSource:
     """Draws tasks from a pack and from nothing."""
 
     MAX_LABELS = 3
+    FINEST = 320  # what packs hold
 
     def __init__(self, pack: Pack, *, size: int, seed: int):
         self.size = size
+        self.side = min(self.FINEST, size * 5 // 3)  # finer than S, so that zooming pays
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self._pack = pack
@@ -61,11 +63,11 @@ class TaskSource:
 
     # ---- real ----------------------------------------------------------------------------------
     def picture(self, chosen: PackedSet, split: str, key: str) -> tuple[Tensor, Tensor]:
-        """(3, S', S') uint8 picture and (S', S') uint8 labels, S' = 1.25 S, kept in memory."""
+        """(3, side, side) uint8 picture and (side, side) labels, kept in memory."""
         name = (chosen.name, key)
         if name not in self._cache:
             picture, labels = self._pack.read(chosen.name, split, key)
-            side = self.size * 5 // 4
+            side = self.side
             image = torch.from_numpy(np.array(picture)).float()
             image = image[None].expand(3, -1, -1) if image.ndim == 2 else image.permute(2, 0, 1)
             image = F.interpolate(image[None], size=(side, side), mode="bilinear", antialias=True)[
@@ -81,6 +83,7 @@ class TaskSource:
 
     def _pick(self, chosen: PackedSet, n: int) -> list[tuple[Tensor, Tensor]]:
         keys = list(chosen.train)
+        n = min(n, len(keys))  # a picture among its own references would be too easy
         if self.rng.random() < 0.5 and len(keys) > n:  # by similarity, as inference draws them
             pool = [self.picture(chosen, "train", k) for k in keys]
             thumbs = torch.stack(
@@ -91,7 +94,7 @@ class TaskSource:
             noise = 0.1 * torch.rand(len(keys), generator=self.generator)
             order = (thumbs @ thumbs[anchor] + noise).argsort(descending=True)[:n]
             return [pool[i] for i in order.tolist()]
-        picks = self.rng.choice(len(keys), size=n, replace=len(keys) < n)
+        picks = self.rng.choice(len(keys), size=n, replace=False)
         return [self.picture(chosen, "train", keys[i]) for i in picks]
 
     def _real(self, chosen: PackedSet, n: int) -> Task:
@@ -243,6 +246,17 @@ class TaskSource:
             kind_of = 2 + int(self.rng.integers(2))
             anatomy[(x - cx) ** 2 + ((y - cy) * self.rng.uniform(0.7, 1.4)) ** 2 < r**2] = kind_of
         return anatomy
+
+
+def focus(mask: Tensor) -> tuple[float, float, float] | None:
+    """Center (x, y) and half side of the square around a mask (H, W), in -1..1; None if empty."""
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    if len(rows) == 0:
+        return None
+    h, w = mask.shape
+    top, bottom = int(rows[0]) * 2 / h - 1, (int(rows[-1]) + 1) * 2 / h - 1
+    left, right = int(columns[0]) * 2 / w - 1, (int(columns[-1]) + 1) * 2 / w - 1
+    return (left + right) / 2, (top + bottom) / 2, max(right - left, bottom - top) / 2
 
 
 def noise(n: int, channels: int, side: int, cells: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,116 @@
+"""From scores to masks: how much of what a network half believes is painted.
+
+A network that learned not to paint what is absent is careful: where it is in doubt it says less
+than one half everywhere, and a threshold at one half leaves holes. What an annotator gains from is
+Dice, and the threshold with the highest expected Dice is not one half but half of the Dice that can
+be had (Lipton et al., arXiv 1402.1892, theorem 1, for F1): low where the network is in doubt, one
+half where it is sure. It is found here for each label over the whole image, from the network's own
+probabilities, without a knob.
+"""
+
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.types import IntArray
+
+STEP = 1 / 16  # of a stored score; they are kept as int8, so up to +-8
+LOWEST = -128  # "no reference knows this label here"
+BINS = 1024
+SOME_BELIEF = (
+    0.4  # a label whose probability is nowhere above this is not painted more than is sure
+)
+FLOOR = 0.15  # a threshold below this would rest on the tail of the probabilities alone
+IN_MEMORY = 256 * 2**20  # bytes of scores of an image; more than that waits in a temporary file
+
+
+class Decision:
+    """Collects the scores of an image's slices, then draws its label map.
+
+    Memory is bounded: one byte for each label and working pixel, in a temporary file where an
+    image has many.
+    """
+
+    def __init__(self, labels: int, slices: int) -> None:
+        """Expect the scores of at most `slices` slices for `labels` labels."""
+        self._labels = labels
+        self._capacity = slices
+        self._scores: npt.NDArray[np.int8] | None = None
+        self._place: dict[int, int] = {}
+        self._counts = np.zeros((labels, BINS))
+        self._sums = np.zeros((labels, BINS))
+        self._shift: torch.Tensor | None = None
+
+    def add(self, index: int, scores: torch.Tensor, rows: Sequence[int]) -> None:
+        """Keep the scores (R, S, S) of slice `index`; row i belongs to label `rows[i]`."""
+        side = scores.shape[-1]
+        if self._scores is None:
+            self._scores = _room((self._capacity, self._labels, side, side))
+        stored = np.full((self._labels, side, side), LOWEST, np.int8)
+        scaled = (scores.float() / STEP).round().clamp(LOWEST + 1, 127)
+        stored[list(rows)] = scaled.to(torch.int8).cpu().numpy()
+        self._shift = None
+        self._place[index] = len(self._place)
+        self._scores[self._place[index]] = stored
+        odds = scores.double().clamp(-30, 30)
+        zero = torch.zeros_like(odds[:1])
+        probabilities = torch.softmax(torch.cat([zero, odds]), 0)[1:].flatten(1).cpu().numpy()
+        for row, values in zip(rows, probabilities, strict=True):
+            bins = np.minimum((values * BINS).astype(np.int64), BINS - 1)
+            self._counts[row] += np.bincount(bins, minlength=BINS)
+            self._sums[row] += np.bincount(bins, values, minlength=BINS)
+
+    def thresholds(self) -> npt.NDArray[np.float64]:
+        """The probability (L,) from which each label is painted."""
+        return np.array(
+            [
+                best_threshold(counts, sums)
+                for counts, sums in zip(self._counts, self._sums, strict=True)
+            ]
+        )
+
+    def draw(self, index: int, shape: tuple[int, int]) -> IntArray:
+        """Draw one slice -> (H, W) int32, 0 or label + 1; call it when all scores are in."""
+        if self._scores is None or index not in self._place:
+            return np.zeros(shape, np.int32)
+        stored = torch.from_numpy(np.array(self._scores[self._place[index]]))
+        scores = torch.where(stored == LOWEST, -1e4, stored.float() * STEP)
+        if self._shift is None:
+            cut = torch.from_numpy(self.thresholds())
+            self._shift = ((1 - cut) / cut).log().float()  # above 0 where above the threshold
+        return merge(scores + self._shift[:, None, None], shape)
+
+
+def best_threshold(counts: npt.NDArray[np.float64], sums: npt.NDArray[np.float64]) -> float:
+    """The threshold of highest expected Dice, never above one half.
+
+    Args:
+        counts: (BINS,) pixels by probability, evenly spaced bins of 0..1.
+        sums: (BINS,) sum of the probabilities in each bin.
+    """
+    seen = np.flatnonzero(counts)
+    if len(seen) == 0 or (seen[-1] + 1) / BINS < SOME_BELIEF:
+        return 0.5
+    painted, right = counts[::-1].cumsum(), sums[::-1].cumsum()  # from the surest pixel down
+    expected = 2 * right / (painted + sums.sum())
+    bottom = BINS - 1 - int(expected.argmax())  # the last bin that is painted
+    return float(np.clip(bottom / BINS, FLOOR, 0.5))
+
+
+def merge(scores: torch.Tensor, shape: tuple[int, int]) -> IntArray:
+    """Let labels compete pixel by pixel: (L, S, S) scores -> (H, W) int32, 0 or label row + 1."""
+    full = torch.nn.functional.interpolate(
+        scores[None].float(), size=shape, mode="bilinear", align_corners=False
+    )[0]
+    best, row = full.max(0)
+    return torch.where(best > 0, row + 1, 0).to(torch.int32).cpu().numpy()
+
+
+def _room(shape: tuple[int, int, int, int]) -> npt.NDArray[np.int8]:
+    if int(np.prod(shape, dtype=np.int64)) <= IN_MEMORY:
+        return np.empty(shape, np.int8)
+    with tempfile.TemporaryFile() as file:  # the map outlives the name, and the file goes with it
+        return np.memmap(file, np.int8, "w+", shape=shape)

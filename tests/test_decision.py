@@ -1,0 +1,97 @@
+"""Which pixels are painted: expected Dice against brute force, and what must not change."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lib.decision
+from lib.decision import BINS, FLOOR, Decision, best_threshold, merge
+
+
+def drawn(scores: torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """One slice with all labels through a decision of its own."""
+    decision = Decision(len(scores), 1)
+    decision.add(0, scores, range(len(scores)))
+    return decision.draw(0, shape or scores.shape[-2:])
+
+
+def logits(probabilities: list[list[float]]) -> torch.Tensor:
+    return torch.logit(torch.tensor([probabilities], dtype=torch.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 99), min_size=4, max_size=40), st.integers(41, 99))
+def test_no_threshold_up_to_one_half_has_a_higher_expected_dice(
+    others: list[int], surest: int
+) -> None:
+    p = np.array([*others, surest]) / 100
+    counts, sums = np.zeros(BINS), np.zeros(BINS)
+    for value in p:
+        counts[int(value * BINS)] += 1
+        sums[int(value * BINS)] += value
+
+    def expected(threshold: float) -> float:
+        painted = p >= threshold
+        return 2 * p[painted].sum() / (painted.sum() + p.sum())
+
+    found = best_threshold(counts, sums)
+    allowed = [t for t in np.floor(np.unique(p) * BINS) / BINS if FLOOR <= t <= 0.5]
+    assert FLOOR <= found <= 0.5
+    # With no limits the best threshold is a value of p; within limits the nearest one allowed is.
+    assert all(expected(found) >= expected(t) - 1e-9 for t in [*allowed, 0.5])
+
+
+def test_a_doubtful_structure_is_painted_without_holes() -> None:
+    p = [[0.02] * 4, [0.02, 0.45, 0.6, 0.02], [0.02, 0.55, 0.42, 0.02], [0.02] * 4]
+    np.testing.assert_array_equal(merge(logits(p), (4, 4))[1:3, 1:3], [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(drawn(logits(p))[1:3, 1:3], [[1, 1], [1, 1]])
+    assert drawn(logits(p)).sum() == 4
+
+
+def test_a_sure_structure_keeps_its_edge() -> None:
+    p = np.full((20, 20), 0.001)
+    p[5:15, 5:15] = 0.999
+    p[4, 5:15] = 0.3
+    np.testing.assert_array_equal(drawn(logits(p.tolist()))[:5].sum(), 0)
+
+
+def test_what_is_nowhere_believed_is_not_painted() -> None:
+    assert drawn(logits([[0.1, 0.39], [0.38, 0.2]])).sum() == 0
+
+
+def test_the_highest_score_wins_where_labels_are_sure() -> None:
+    scores = torch.tensor([[[7.0, -7.0], [6.0, -7.0]], [[5.0, -7.0], [7.5, 6.0]]])
+    np.testing.assert_array_equal(drawn(scores), [[1, 0], [2, 2]])
+    assert drawn(scores, (7, 5)).shape == (7, 5)
+
+
+def test_the_threshold_is_one_for_the_whole_image() -> None:
+    sure, doubtful = logits([[0.99, 0.99], [0.001, 0.3]]), logits([[0.3, 0.01], [0.01, 0.01]])
+    decision = Decision(1, 2)
+    decision.add(4, sure, [0])
+    decision.add(9, doubtful, [0])
+    assert decision.draw(4, (2, 2))[1, 1] == decision.draw(9, (2, 2))[0, 0]
+    assert decision.draw(7, (2, 2)).sum() == 0  # a slice that nothing was said of
+
+
+def test_a_label_without_scores_on_a_slice_is_not_painted_there() -> None:
+    decision = Decision(2, 1)
+    decision.add(0, torch.full((1, 4, 4), 6.0), [1])
+    assert (decision.draw(0, (4, 4)) == 2).all()
+
+
+def test_many_slices_wait_in_a_file_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 4
+
+    def maps() -> np.ndarray:
+        decision = Decision(3, 5)
+        for index, scores in enumerate(slices):
+            decision.add(index, scores, [0, 1, 2])
+        return np.stack([decision.draw(index, (32, 20)) for index in range(5)])
+
+    inside = maps()
+    monkeypatch.setattr(lib.decision, "IN_MEMORY", 100)
+    np.testing.assert_array_equal(maps(), inside)
+    assert set(np.unique(inside)) == {0, 1, 2, 3}
