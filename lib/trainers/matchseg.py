@@ -20,7 +20,6 @@ from lib.trainers.site.loop import PROGRESS, SitePlan
 from lib.trainers.site.training import (
     SCRATCH_RATE,
     WORKROOM,
-    TrainingReport,
     TrainOptions,
     train_model,
 )
@@ -87,25 +86,45 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
             HTTPException: 422 with a sentence; the platform shows it in the task's last lines.
         """
         try:
-            if _truth(request, "rollback", False):
-                return self._rollback()
-            options = parse_options(request)
-            labelled = labelled_images(datastore, self._settings.tags)
-            names = {one.image_id for one in labelled}
-            others = [path for key, path in image_paths(datastore).items() if key not in names]
-            report = train_model(self._site, self._settings, labelled, options, unlabelled=others)
+            return run_request(request, self._site, self._settings, datastore)
         except RefSegError as error:
             logger.error("%s", error)
             raise HTTPException(422, str(error)) from None
-        return _answer(report)
 
-    def _rollback(self) -> dict[str, Any]:
-        left = self._site.store.current()
-        card = self._site.rollback()
-        now = f"model {card.version} is in use" if card else "this site has no model of its own"
-        message = f"Rolled back from model {left.version if left else '-'}: {now}."
-        logger.info("%s", message)
-        return {"message": message, "model": card.version if card else None}
+
+def run_request(
+    request: Mapping[str, Any], site: SiteModel, settings: RefSegSettings, datastore: Datastore
+) -> dict[str, Any]:
+    """Train, or roll back, and tell how it went.
+
+    Raises:
+        RefSegError: an option is not allowed, or it cannot be done; the message says what to do.
+    """
+    if _truth(request, "rollback", False):
+        return _rollback(site)
+    options = parse_options(request)
+    labelled = labelled_images(datastore, settings.tags)
+    names = {one.image_id for one in labelled}
+    others = [path for key, path in image_paths(datastore).items() if key not in names]
+    report = train_model(site, settings, labelled, options, unlabelled=others)
+    return {
+        "message": report.message,
+        "published": report.published,
+        "model": report.card.version if report.card else None,
+        "dice": round(report.dice, 4),
+        "dice_before": round(report.dice_before, 4),
+        "epochs": report.epochs,
+        "total_time": _clock(report.seconds),
+    }
+
+
+def _rollback(site: SiteModel) -> dict[str, Any]:
+    left = site.store.current()
+    card = site.rollback()
+    now = f"model {card.version} is in use" if card else "this site has no model of its own"
+    message = f"Rolled back from model {left.version if left else '-'}: {now}."
+    logger.info("%s", message)
+    return {"message": message, "model": card.version if card else None}
 
 
 def parse_options(request: Mapping[str, Any]) -> TrainOptions:
@@ -194,18 +213,6 @@ def _truth(request: Mapping[str, Any], key: str, default: bool) -> bool:
 def _first(value: Any) -> Any:
     """Lists are choices; the chosen one stands first."""
     return (value[0] if value else None) if isinstance(value, list | tuple) else value
-
-
-def _answer(report: TrainingReport) -> dict[str, Any]:
-    return {
-        "message": report.message,
-        "published": report.published,
-        "model": report.card.version if report.card else None,
-        "dice": round(report.dice, 4),
-        "dice_before": round(report.dice_before, 4),
-        "epochs": report.epochs,
-        "total_time": _clock(report.seconds),
-    }
 
 
 def _clock(seconds: float) -> str:

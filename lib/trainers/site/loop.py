@@ -21,6 +21,7 @@ from lib.errors import TrainingError
 from lib.models.devices import is_out_of_memory
 from lib.models.matchseg import MatchSegSegmenter, load_weights, save_weights
 from lib.models.network import MatchSegNet, NetworkConfig
+from lib.settings import RefSegSettings
 from lib.trainers.pretraining.episodes import Episode
 from lib.trainers.pretraining.loop import forward
 from lib.trainers.site.distributed import Ranks
@@ -79,7 +80,7 @@ class SiteJob:
         validation: cases to measure on.
         unlabelled: file of `pack_unlabelled`.
         plan: how.
-        k: references in validation.
+        settings: options of retrieval, and of how images were cut.
         mark: of all that must be the same for a stopped training to go on.
     """
 
@@ -90,7 +91,7 @@ class SiteJob:
     validation: tuple[PackedCase, ...]
     unlabelled: Path | None
     plan: SitePlan
-    k: int
+    settings: RefSegSettings
     mark: str
 
 
@@ -117,7 +118,11 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
     plan, device = job.plan, ranks.device
     state = _begin(job, device)
     size = plan.size or state.net.config.size
-    validator = Validator(job.training, job.validation, k=job.k) if ranks.first else None
+    validator = (
+        Validator(job.training, job.validation, job.settings, room=job.folder)
+        if ranks.first
+        else None
+    )
     began, before = time.monotonic(), state.spent
     if ranks.first:
         _write_progress(job, state, running=True)
@@ -170,7 +175,7 @@ def _begin(job: SiteJob, device: torch.device) -> _State:
     """As the checkpoint has it, where it is of this very job; else from the start."""
     torch.manual_seed(job.plan.seed)
     net = load_weights(job.start) if job.start is not None else MatchSegNet(job.config)
-    net.to(device).train()
+    net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     own = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
     optimizer = torch.optim.AdamW(
         [

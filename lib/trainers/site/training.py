@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from lib.trainers.site.distributed import devices_for, run_on
 from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, SiteJob, SitePlan, train_site
 from lib.trainers.site.packing import PackedCase, Rules, pack_cases, pack_unlabelled
 from lib.trainers.site.split import FEWEST_CASES, split
-from lib.trainers.site.validation import Validator
+from lib.trainers.site.validation import TEMPORARY, Validator
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def train_model(
     learned = {image for card in store.versions() for image in card.training}
     with _alone(room):
         fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=learned)
-        validator = Validator(fitted.training, fitted.validation, k=settings.k)
+        validator = Validator(fitted.training, fitted.validation, settings, room=room)
         device = str(choose_device(settings.device))
         current, before = _current(site, device)
         old = validator.measure(before)
@@ -196,7 +197,7 @@ def fit(
         validation=validation,
         unlabelled=extra,
         plan=options.plan,
-        k=settings.k,
+        settings=settings,
         mark=_mark(options, config, training, validation),
     )
     slices = sum(map(len, training))
@@ -286,6 +287,10 @@ def _alone(room: Path) -> Iterator[None]:
         msg = f"{room} cannot be written ({error}); name another folder (--conf site_models DIR)."
         raise TrainingError(msg) from error
     try:
+        for left in [*room.rglob(".*.part"), *room.glob("*.part")]:  # of one that was killed
+            left.unlink(missing_ok=True)
+        for left in room.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         lock.release()

@@ -1,20 +1,35 @@
-"""How good a network is on the cases kept for it, by the same three steps as in inference."""
+"""How good a network is on the cases kept for it: by the engine and the bank that answer, too."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.decision import merge
 from lib.evaluation.metrics import dice
-from lib.models.protocol import ReferenceSegmenter
-from lib.trainers.site.packing import SIDE, PackedCase, as_tensor
-from lib.types import Features, FloatArray, Memory
+from lib.imaging.geometry import Geometry
+from lib.imaging.io import ImageVolume
+from lib.imaging.slices import cut_labels
+from lib.memory.bank import MemoryBank
+from lib.models.build import build_embedder
+from lib.models.protocol import Embedder, ReferenceSegmenter
+from lib.segmentation import Options
+from lib.segmenter import ReferenceEngine
+from lib.settings import RefSegSettings
+from lib.trainers.site.packing import PackedCase, as_tensor
+from lib.types import LabelledImage, Reference, SliceKey
 
-MOST_REFERENCES = 96
+logger = logging.getLogger(__name__)
+
+MOST_REFERENCES = 64
 MOST_MEASURED = 64
-ENCODED_AT_ONCE = 8
+AXIS = 2  # packed slices are stacked along it
+TEMPORARY = "validation-"  # what a killed measurement leaves begins so
+CHATTY = ("lib.memory", "lib.models.build")  # a client shows the last twenty lines of a training
 
 
 @dataclass(frozen=True)
@@ -29,26 +44,25 @@ class Validator:
     """Measures networks on slices of validation cases, with training cases as references."""
 
     def __init__(
-        self, training: Sequence[PackedCase], validation: Sequence[PackedCase], *, k: int
+        self,
+        training: Sequence[PackedCase],
+        validation: Sequence[PackedCase],
+        settings: RefSegSettings,
+        *,
+        room: Path,
     ) -> None:
         """Choose the slices, the same for all that is measured.
 
         Args:
             training: cases whose slices are references.
             validation: cases to measure on.
-            k: references for each slice.
+            settings: options of retrieval.
+            room: folder in which the references' memories lie for the time of a measurement.
         """
         self._references = _choose(training, MOST_REFERENCES)
         self._measured = _choose(validation, MOST_MEASURED)
-        known = {name for case, _ in self._references for name in case.labels}
-        shown = {
-            name
-            for case, row in self._measured
-            for name, here in zip(case.labels, case.present[row], strict=True)
-            if here
-        }
-        self.labels = tuple(sorted(known & shown))
-        self._k = k
+        self._settings = settings
+        self._room = room
 
     def measure(self, segmenter: ReferenceSegmenter) -> Validation:
         """Mean over cases of the mean over labels; a label's Dice is over a case's slices.
@@ -56,87 +70,110 @@ class Validator:
         What is painted where a label was annotated as absent lowers it: Dice 0, where the case
         shows none of it.
         """
-        vectors: list[FloatArray] = []
-        memories: list[Memory] = []
-        for start in range(0, len(self._references), ENCODED_AT_ONCE):
-            chunk = self._references[start : start + ENCODED_AT_ONCE]
-            for (case, row), features in zip(chunk, self._encode(segmenter, chunk), strict=True):
-                memories.append(segmenter.remember(features, self._masks(case, row)))
-                vectors.append(_vector(features))
-        index = np.stack(vectors)
-        knows = torch.tensor(
-            [[n in case.labels for n in self.labels] for case, _ in self._references]
-        )
-        scores: dict[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for start in range(0, len(self._measured), ENCODED_AT_ONCE):
-            chunk = self._measured[start : start + ENCODED_AT_ONCE]
-            for (case, row), features in zip(chunk, self._encode(segmenter, chunk), strict=True):
-                asked = [i for i, name in enumerate(self.labels) if name in case.labels]
-                if not asked:
+        chosen = self._settings
+        with _quiet():
+            embedder = build_embedder(
+                chosen.embedder, segmenter, weights=chosen.weights, device=chosen.device
+            )
+        engine = ReferenceEngine(segmenter, embedder, axis=AXIS, batch=chosen.batch)
+        options = Options(k=chosen.k, cap_per_case=chosen.cap_per_case, own_labels=False)
+        by_case: list[float] = []
+        by_label: dict[str, list[float]] = {}
+        with _quiet(), tempfile.TemporaryDirectory(dir=self._room, prefix=TEMPORARY) as folder:
+            bank = self._bank(Path(folder), segmenter, embedder)
+            known = bank.labels().keys()
+            for case, rows in self._measured:
+                names = [name for name in case.labels if name in known]
+                if not names:
                     continue
-                picks = self._nearest(index @ _vector(features), knows[:, asked])
-                chosen = [replace(memories[i], labels=memories[i].labels[asked]) for i in picks]
-                found = segmenter.segment(features, chosen, knows[picks][:, asked])
-                values = torch.from_numpy(merge(found.scores, (SIDE, SIDE)))
-                truth = self._masks(case, row)
-                for place, i in enumerate(asked):
-                    pair = (values == place + 1, truth[i])
-                    scores.setdefault((case.image_id, self.labels[i]), []).append(pair)
-        return _summary(scores)
+                found = engine.segment(_volume(case, rows), bank, labels=names, options=options)
+                planes = cut_labels(found.label_map, AXIS)
+                truth = np.stack([case.label_map(row) for row in rows])
+                values = []
+                for number, name in enumerate(found.labels, start=1):
+                    value = dice(planes == number, truth == case.labels.index(name) + 1)
+                    if not np.isnan(value):
+                        values.append(value)
+                        by_label.setdefault(name, []).append(value)
+                if values:
+                    by_case.append(float(np.mean(values)))
+        return Validation(
+            float(np.mean(by_case)) if by_case else 0.0,
+            {name: float(np.mean(values)) for name, values in sorted(by_label.items())},
+        )
 
-    def _encode(
-        self, segmenter: ReferenceSegmenter, chunk: Sequence[tuple[PackedCase, int]]
-    ) -> list[Features]:
-        pictures = [as_tensor(case.picture(row)).permute(1, 2, 0).numpy() for case, row in chunk]
-        return segmenter.encode(pictures)
+    def _bank(self, folder: Path, segmenter: ReferenceSegmenter, embedder: Embedder) -> MemoryBank:
+        rows = {case.image_id: (case, rows) for case, rows in self._references}
 
-    def _masks(self, case: PackedCase, row: int) -> torch.Tensor:
-        """(L, S, S) bool in the order of `labels`; all false where the case knows nothing of it."""
-        drawn = torch.from_numpy(case.label_map(row))
-        numbers = [
-            case.labels.index(name) + 1 if name in case.labels else -1 for name in self.labels
-        ]
-        return drawn[None] == torch.tensor(numbers)[:, None, None]
+        def encode(labelled: LabelledImage) -> Iterator[Reference]:
+            case, chosen = rows[labelled.image_id]
+            for start in range(0, len(chosen), self._settings.batch):
+                part = chosen[start : start + self._settings.batch]
+                yield from _references(case, part, segmenter, embedder)
 
-    def _nearest(self, similarity: FloatArray, knows: torch.Tensor) -> list[int]:
-        """The k nearest, and the nearest that knows a label of which none of them does."""
-        order = np.argsort(-similarity, kind="stable").tolist()
-        picks = [i for i in order if bool(knows[i].any())][: self._k]
-        for label in range(knows.shape[1]):
-            if not bool(knows[picks, label].any()):
-                picks.append(next(i for i in order if bool(knows[i, label])))
-        return picks
+        bank = MemoryBank(folder, "validation", encode)
+        bank.sync(
+            [
+                LabelledImage(
+                    case.image_id, case.images, case.maps, dict(enumerate(case.labels, 1))
+                )
+                for case, _ in self._references
+            ]
+        )
+        return bank
 
 
-def _summary(scores: dict[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]]) -> Validation:
-    by_case: dict[str, list[float]] = {}
-    by_label: dict[str, list[float]] = {}
-    for (image_id, label), pairs in scores.items():
-        found = torch.stack([pair[0] for pair in pairs]).numpy()
-        truth = torch.stack([pair[1] for pair in pairs]).numpy()
-        value = dice(found, truth)
-        if not np.isnan(value):
-            by_case.setdefault(image_id, []).append(value)
-            by_label.setdefault(label, []).append(value)
-    means = [float(np.mean(values)) for values in by_case.values()]
-    return Validation(
-        float(np.mean(means)) if means else 0.0,
-        {name: float(np.mean(values)) for name, values in sorted(by_label.items())},
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing but warnings from those who speak at every measurement."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [one.level for one in loggers]
+    try:
+        for one in loggers:
+            one.setLevel(logging.WARNING)
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
+
+
+def _references(
+    case: PackedCase, rows: Sequence[int], segmenter: ReferenceSegmenter, embedder: Embedder
+) -> Iterator[Reference]:
+    pictures = [as_tensor(case.picture(row)).permute(1, 2, 0).numpy() for row in rows]
+    features = segmenter.encode(pictures)
+    numbers = torch.arange(1, len(case.labels) + 1)[:, None, None]
+    for row, one, vector in zip(rows, features, embedder.embed(pictures, features), strict=True):
+        masks = torch.from_numpy(case.label_map(row))[None] == numbers
+        here = masks.flatten(1).any(1).tolist()
+        present = frozenset(name for name, yes in zip(case.labels, here, strict=True) if yes)
+        yield Reference(
+            key=SliceKey(case.image_id, AXIS, row),
+            embedding=vector,
+            present=present,
+            absent=frozenset(case.labels) - present,
+            memory=segmenter.remember(one, masks),
+        )
+
+
+def _volume(case: PackedCase, rows: Sequence[int]) -> ImageVolume:
+    """Packed slices as one volume; pictures have rows first, volumes columns."""
+    stack = np.stack([case.picture(row) for row in rows], axis=2).astype(np.float32)
+    stack = stack.swapaxes(0, 1)  # (I, J, K, C)
+    voxels = np.ascontiguousarray(stack if stack.shape[-1] == 3 else stack[..., 0])
+    geometry = Geometry(
+        (voxels.shape[0], voxels.shape[1], voxels.shape[2]), np.diag([-1.0, -1.0, -1.0, 1.0])
     )
+    return ImageVolume(voxels, geometry, geometry, "volume", case.images, value_range=(0.0, 255.0))
 
 
-def _choose(cases: Sequence[PackedCase], most: int) -> list[tuple[PackedCase, int]]:
-    """About as many slices of each case, evenly spread."""
+def _choose(cases: Sequence[PackedCase], most: int) -> list[tuple[PackedCase, list[int]]]:
+    """About as many slices of each case, evenly spread, `most` in all."""
     each = max(1, most // max(1, len(cases)))
+    step = max(1.0, len(cases) / most)
+    kept = [cases[int(n * step)] for n in range(min(len(cases), most))]
     found = []
-    for case in cases:
+    for case in kept:
         count = min(len(case), each)
-        found += [(case, int((n + 0.5) * len(case) / count)) for n in range(count)]
-    return (
-        found[:most] if len(cases) <= most else [found[i * len(found) // most] for i in range(most)]
-    )
-
-
-def _vector(features: Features) -> FloatArray:
-    assert features.embedding is not None  # the bundled network always offers one
-    return features.embedding
+        found.append((case, [int((n + 0.5) * len(case) / count) for n in range(count)]))
+    return found
