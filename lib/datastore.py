@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from monailabel.utils.others.generic import file_ext
 
 from lib.errors import RefSegError
 from lib.imaging.volumes import is_dicom, read_dicom_folder, write_nifti
+from lib.label_store import KEPT_VERSIONS, LabelStore
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def extensions() -> list[str]:
 
 
 def _locked(name: str) -> Any:
-    base = getattr(LocalDatastore, name)
+    base = getattr(LabelStore, name)
 
     def method(self: "StudiesDatastore", *args: Any, **kwargs: Any) -> Any:
         with self.lock:
@@ -51,7 +51,7 @@ def _locked(name: str) -> Any:
     return method
 
 
-class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untyped
+class StudiesDatastore(LabelStore):
     """MONAI Label's folder of studies, with DICOM folders, and safe to be read at any time.
 
     The platform's watcher thread empties the table of images and fills it again; a request that
@@ -64,16 +64,19 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
         folder: images; labels below `labels/`.
         copies: folder for the NIfTI copies.
         watch: look for changes on the disk all the time, as a server does.
+        keep: versions of each label that its history holds.
     """
 
-    def __init__(self, folder: str, *, copies: Path, watch: bool = True) -> None:
-        self.lock = threading.RLock()
+    def __init__(
+        self, folder: str, *, copies: Path, watch: bool = True, keep: int = KEPT_VERSIONS
+    ) -> None:
         self._copies = copies
         super().__init__(
             folder,
             extensions=extensions(),
             auto_reload=watch and platform.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=platform.MONAI_LABEL_DATASTORE_READ_ONLY,
+            keep=keep,
         )
 
     def get_image_uri(self, image_id: str) -> str:
@@ -131,6 +134,9 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
             entries = list(listing)
         matchers = [re.compile(fnmatch.translate(p), re.IGNORECASE).match for p in patterns]
         files = {e.name: e.name for matches in matchers for e in entries if matches(e.name)}
+        for name in [name for name in files if not _is_text(name)]:
+            logger.warning("%r is left out: no text of UTF-8, which no client could ask for", name)
+            del files[name]
         if Path(path) == Path(self._datastore.image_path()):
             for entry in entries:
                 if entry.name != self._datastore.labels_dir and _holds_dicom(entry):
@@ -155,10 +161,10 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
         for file in self._list_files(self._datastore.image_path(), self._extensions):
             image_id, extension = self._to_id(file)
             if image_id not in known:
-                logger.info("new image %s: %s", image_id, file)
                 self._datastore.objects[image_id] = ImageLabelModel(
                     image=self._new(image_id, extension)
                 )
+                logger.info("new image %s: %s", image_id, file)
                 added += 1
         return added
 
@@ -173,7 +179,8 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
                 logger.warning("label %s (%s) is ignored: no image has its name", file, tag)
             elif not image.labels.get(tag):
                 logger.info("new label %s of %s: %s", tag, image_id, file)
-                image.labels[tag] = self._new(image_id, extension)
+                info = self._info_of_file(image_id, tag, extension)
+                image.labels[tag] = DataModel(info=info, ext=extension)
                 added += 1
         return added
 
@@ -203,7 +210,6 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
         return DataModel(info={"ts": int(time.time()), "name": name}, ext=extension)
 
     refresh = _locked("refresh")
-    _init_from_datastore_file = _locked("_init_from_datastore_file")
     datalist = _locked("datalist")
     get_label_uri = _locked("get_label_uri")
     get_labels_by_image_id = _locked("get_labels_by_image_id")
@@ -211,14 +217,16 @@ class StudiesDatastore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is 
     get_labeled_images = _locked("get_labeled_images")
     get_unlabeled_images = _locked("get_unlabeled_images")
     list_images = _locked("list_images")
-    add_image = _locked("add_image")
-    remove_image = _locked("remove_image")
-    save_label = _locked("save_label")
-    remove_label = _locked("remove_label")
-    update_image_info = _locked("update_image_info")
-    update_label_info = _locked("update_label_info")
     status = _locked("status")
     json = _locked("json")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _holds_dicom(entry: os.DirEntry[str]) -> bool:

@@ -69,6 +69,9 @@ class RefSegSettings(BaseSettings):
     lease: int = Field(
         600, ge=0, description="seconds for which an image given to one client is kept from others"
     )
+    history: int = Field(
+        20, ge=1, le=1000, description="versions of each label that are kept when it is overwritten"
+    )
     warm_up: bool = Field(True, description="load the network in the background after the start")
 
     @field_validator("labels", "tags", mode="before")
