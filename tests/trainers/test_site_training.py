@@ -1,0 +1,334 @@
+"""Training of a site's own model: packed cases, split, episodes, the loop; on discs in noise."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib.errors import RequestError, TrainingError
+from lib.models.matchseg import BUNDLED, load_weights, save_weights
+from lib.models.network import MatchSegNet, NetworkConfig
+from lib.settings import RefSegSettings
+from lib.trainers.matchseg import parse_options
+from lib.trainers.pretraining.loop import forward
+from lib.trainers.site.distributed import Ranks, run_on
+from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
+from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, SiteJob, SitePlan, train_site
+from lib.trainers.site.packing import (
+    MOST_SLICES,
+    SIDE,
+    PackedCase,
+    Rules,
+    pack_cases,
+    pack_unlabelled,
+)
+from lib.trainers.site.split import groups_of, split
+from lib.trainers.site.training import TrainOptions, fit
+from lib.types import LabelledImage
+
+SMALL = NetworkConfig(size=64, tokens=32, heads=2, width=16, vote_dim=8)
+CPU = torch.device("cpu")
+PLAN = EpisodePlan(size=64, images=3, queries=2, most_supports=2)
+
+
+def disc(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:72, :90]
+    return (x - rng.integers(25, 65)) ** 2 + (y - rng.integers(25, 47)) ** 2 < 200
+
+
+def write_case(folder: Path, seed: int, *, like: int | None = None, name: str = "disc") -> Any:
+    """A picture and its label; `like`: nearly the same picture as that of another seed."""
+    source = seed if like is None else like
+    rng = np.random.default_rng(100 + source)
+    picture = 40 + 150 * disc(source) + rng.normal(0, 10, (72, 90))
+    smooth = np.kron(rng.normal(0, 30, (9, 9)), np.ones((8, 10)))  # each has its own background
+    picture = picture + smooth + np.random.default_rng(seed).normal(0, 1, picture.shape)
+    image, label = folder / f"{seed}.png", folder / f"{seed}.label.png"
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(image)
+    Image.fromarray(disc(source).astype(np.uint8)).save(label)
+    return LabelledImage(str(seed), image, label, {1: name})
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> list[LabelledImage]:
+    folder = tmp_path_factory.mktemp("site")
+    return [write_case(folder, seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def cases(
+    labelled: list[LabelledImage], tmp_path_factory: pytest.TempPathFactory
+) -> list[PackedCase]:
+    return pack_cases(labelled, tmp_path_factory.mktemp("packed"), Rules())
+
+
+def job(folder: Path, cases: Sequence[PackedCase], **plan: Any) -> SiteJob:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    start = folder.parent / "start.safetensors"
+    if not start.exists():
+        save_weights(MatchSegNet(SMALL), start)
+    return SiteJob(
+        folder=folder,
+        start=start,
+        config=SMALL,
+        training=tuple(cases[:4]),
+        validation=tuple(cases[4:]),
+        unlabelled=None,
+        plan=SitePlan(**{"steps": 2, "images": 3, "epochs": 2, **plan}),
+        settings=RefSegSettings(device="cpu"),
+        mark="the same",
+    )
+
+
+# -- packing --------------------------------------------------------------------------------------
+
+
+def test_a_sparsely_labelled_volume_gives_its_annotated_slices_alone(tmp_path: Path) -> None:
+    image, label = tmp_path / "v.nii.gz", tmp_path / "l.nii.gz"
+    values = np.zeros((40, 30, 90), np.uint8)
+    values[5:20, 5:20, 7] = 3
+    values[5:20, 5:20, 9] = 5
+    voxels = np.random.default_rng(0).normal(0, 1, values.shape).astype(np.float32)
+    affine = np.diag([-1, -1, 4, 1])
+    nib.save(nib.Nifti1Image(voxels, affine), image)
+    nib.save(nib.Nifti1Image(values, affine), label)
+    one = LabelledImage("v", image, label, {3: "liver", 5: "kidney"})
+    (case,) = pack_cases([one], tmp_path / "packed", Rules())
+    assert len(case) == 2
+    assert case.labels == ("kidney", "liver")
+    assert sorted(map(tuple, case.present.tolist())) == [(False, True), (True, False)]
+    assert case.picture(0).shape == (SIDE, SIDE, 1)
+    assert {0, 1, 2} == {int(v) for row in (0, 1) for v in np.unique(case.label_map(row))}
+    share = float((case.label_map(0) > 0).mean())
+    assert share == pytest.approx(15 * 15 / (40 * 30), rel=0.05)
+    (whole,) = pack_cases([one], tmp_path / "packed", Rules("complete"))
+    assert len(whole) == MOST_SLICES
+
+
+def test_a_damaged_image_is_left_out_and_files_of_gone_labels_are_deleted(
+    labelled: list[LabelledImage], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    bad = LabelledImage("broken", broken, labelled[0].label_path, {})
+    found = pack_cases([*labelled[:2], bad], tmp_path / "packed", Rules())
+    assert [case.image_id for case in found] == ["0", "1"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()}
+    pack_cases(labelled[:1], tmp_path / "packed", Rules())
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()}
+    assert len(before) == 4
+    assert len(after) == 2
+    assert after.items() <= before.items()  # what is there is used as it is
+
+
+# -- split ----------------------------------------------------------------------------------------
+
+
+def test_pictures_that_look_the_same_are_never_on_both_sides(tmp_path: Path) -> None:
+    pairs = [(seed, None) for seed in range(5)] + [(10 + seed, seed) for seed in range(5)]
+    rows = [write_case(tmp_path, seed, like=like) for seed, like in pairs]
+    twins = pack_cases(rows, tmp_path / "packed", Rules())
+    assert sorted(map(sorted, groups_of(twins))) == [[i, i + 5] for i in range(5)]
+    for seed in range(8):
+        found = split(twins, share=0.3, seed=seed)
+        assert {i % 5 for i in found.training} & {i % 5 for i in found.validation} == set()
+        assert len(found.validation) >= 2
+        assert sorted(found.training + found.validation) == list(range(10))
+
+
+def test_what_an_earlier_model_learned_from_is_never_measured_on(cases: list[PackedCase]) -> None:
+    for seed in range(8):
+        found = split(cases, share=0.5, seed=seed, learned={"0", "1", "2"})
+        assert set(found.validation) <= {3, 4, 5}
+    with pytest.raises(TrainingError, match="learned from by an earlier model"):
+        split(cases, share=0.5, seed=0, learned={str(n) for n in range(6)})
+
+
+def test_a_label_that_one_image_alone_shows_is_learned_from(tmp_path: Path) -> None:
+    rows = [write_case(tmp_path, seed, name="rare" if seed == 2 else "disc") for seed in range(6)]
+    found = pack_cases(rows, tmp_path / "packed", Rules())
+    assert all(2 in split(found, share=0.5, seed=seed).training for seed in range(8))
+
+
+def test_fewer_than_four_labelled_images_are_refused_with_a_sentence(
+    labelled: list[LabelledImage], tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="3 images are labelled; training needs 4"):
+        fit(labelled[:3], tmp_path, TrainOptions(), RefSegSettings(device="cpu"))
+
+
+# -- episodes -------------------------------------------------------------------------------------
+
+
+def test_an_episode_is_the_same_for_the_same_number_and_seed(cases: list[PackedCase]) -> None:
+    one, other = SiteEpisodes(cases, PLAN), SiteEpisodes(cases, PLAN)
+    other.make(3)  # what was made before does not matter
+    for number in range(4):
+        first, second = one.make(number), other.make(number)
+        assert torch.equal(first.images, second.images)
+        assert torch.equal(first.masks, second.masks)
+        assert torch.equal(first.supports, second.supports)
+    assert not torch.equal(one.make(0).images, one.make(1).images)
+    query, supports = first.masks.shape[0], first.supports
+    assert all(int(row) not in supports[row].tolist() for row in range(len(supports)))
+    assert query <= PLAN.images
+
+
+def test_labels_are_taught_by_those_alone_who_annotated_them(tmp_path: Path) -> None:
+    names = ["disc", "disc", "disc", "other", "other", "other"]
+    rows = [write_case(tmp_path, seed, name=name) for seed, name in enumerate(names)]
+    packed = pack_cases(rows, tmp_path / "packed", Rules())
+    episodes = SiteEpisodes(packed, EpisodePlan(size=64, images=6, regions=0))
+    seen = set()
+    for number in range(6):
+        rng = np.random.default_rng((0, number))
+        rng.integers(2**31), rng.random()
+        task = episodes._labelled(rng)
+        assert task is not None
+        seen.add(len(task.images))
+    assert seen == {3}  # never one who did not say anything of the label
+
+
+def test_unlabelled_images_give_regions_to_find(
+    cases: list[PackedCase], labelled: list[LabelledImage], tmp_path: Path
+) -> None:
+    paths = [one.image_path for one in labelled]
+    extra = pack_unlabelled(paths, tmp_path / "unlabelled.npy", Rules())
+    assert extra is not None
+    plan = EpisodePlan(size=64, images=3, queries=2, most_supports=2, regions=1)
+    made = [SiteEpisodes(cases, plan, unlabelled=extra).make(n) for n in range(4)]
+    assert {episode.family for episode in made} == {"regions"}
+    assert any(bool(episode.masks.any()) for episode in made)
+
+
+# -- loop -----------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_an_episode_reaches_every_parameter(cases: list[PackedCase]) -> None:
+    torch.manual_seed(0)
+    net = MatchSegNet(SMALL)
+    torch.nn.init.normal_(net.head.weight, std=0.1)  # zero at first, so nothing behind it moves
+    loss, _ = forward(net, SiteEpisodes(cases, PLAN).make(0), CPU)
+    loss.backward()
+    still = {n for n, p in net.named_parameters() if p.grad is None or not bool(p.grad.any())}
+    # of the head's four channels the first is the score; every other tensor has to move
+    assert still == set()
+
+
+def test_one_case_is_learned_by_heart(cases: list[PackedCase]) -> None:
+    torch.manual_seed(0)
+    net = load_weights(BUNDLED).train()
+    episode = next(
+        episode
+        for number in range(20)
+        if (episode := SiteEpisodes(cases[:2], PLAN).make(number)).family == "site"
+        and float(episode.masks.mean()) > 0.02
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    achieved = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss, dice = forward(net, episode, CPU)
+        loss.backward()
+        optimizer.step()
+        achieved.append(float(dice))
+    assert achieved[-1] > 0.97
+    assert achieved[-1] > achieved[0]
+
+
+class Interrupted(Ranks):
+    """Stops, as Ctrl-C does, before the given step of all."""
+
+    left = 0
+
+    def agreed(self, flag: bool) -> bool:
+        Interrupted.left -= 1
+        if not Interrupted.left:
+            raise KeyboardInterrupt
+        return flag
+
+
+def test_a_stopped_training_goes_on_to_the_very_same_weights(
+    cases: list[PackedCase], tmp_path: Path
+) -> None:
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        train_site(Ranks(CPU), job(tmp_path / name, cases, minutes=0))
+        saved = torch.load(tmp_path / name / CHECKPOINT, weights_only=True)
+        assert saved["epoch"] == 2
+        return saved["averaged"]
+
+    whole, again = trained("whole"), trained("again")
+    Interrupted.left = 6  # asked once an epoch and once a step: in the middle of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        train_site(Interrupted(CPU), job(tmp_path / "parts", cases, minutes=0))
+    assert torch.load(tmp_path / "parts" / CHECKPOINT, weights_only=True)["epoch"] == 1
+    parts = trained("parts")
+    rows = (tmp_path / "parts" / LOG).read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2"]
+    for name, value in whole.items():
+        assert torch.equal(value, again[name])  # same seed, same result
+        assert torch.equal(value, parts[name])
+
+
+def test_it_ends_early_when_nothing_gets_better(cases: list[PackedCase], tmp_path: Path) -> None:
+    one = job(tmp_path / "room", cases, epochs=50, steps=1, patience=1, rate=1e-9, encoder_rate=0)
+    train_site(Ranks(CPU), one)
+    rows = (tmp_path / "room" / LOG).read_text().splitlines()
+    assert 2 <= len(rows) - 1 <= 6
+    assert (tmp_path / "room" / BEST).exists()
+
+
+def average(ranks: Ranks, folder: str) -> None:
+    net = torch.nn.Linear(3, 1)
+    net(torch.full((1, 3), float(ranks.rank + 1))).sum().backward()
+    ranks.average_gradients(net)
+    flag = ranks.agreed(ranks.rank == 0)
+    assert net.weight.grad is not None
+    told = f"{net.weight.grad.tolist()} {flag}"
+    Path(folder, f"{ranks.rank}.{os.getpid()}").write_text(told)
+
+
+def test_two_processes_take_the_same_step(tmp_path: Path) -> None:
+    run_on(["cpu", "cpu"], average, str(tmp_path))
+    told = {path.read_text() for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 2
+    assert told == {"[[1.5, 1.5, 1.5]] True"}
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def test_options_are_read_as_clients_send_them() -> None:
+    options = parse_options({"start": ["scratch", "bundled"], "max_epochs": 3.0, "minutes": "0.5"})
+    assert options.start == "scratch"
+    assert options.plan.epochs == 3
+    assert options.plan.minutes == 0.5
+    assert options.plan.rate == 1e-3
+    assert parse_options({"model": "matchseg", "gpus": "all"}).start == "bundled"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("start", "imagenet", "bundled, scratch"),
+        ("max_epochs", 0, "from 1 to"),
+        ("max_epochs", 1.5, "whole number"),
+        ("val_split", 0.9, "0.05 to 0.5"),
+        ("size", 100, "multiple of 32"),
+        ("resume", "perhaps", "true or false"),
+        ("seed", True, "whole number"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_what_is_allowed(
+    key: str, value: object, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        parse_options({key: value})
