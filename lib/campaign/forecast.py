@@ -16,6 +16,7 @@ Array = npt.NDArray[np.float64]
 _RATES = np.geomspace(0.05, 4.0, 80)  # c: from hardly falling to steep; a grid has no local minimum
 FEWEST_BUDGETS = 3  # as many as the law has numbers
 FARTHEST = 10.0  # times the largest budget: beyond, the law is a guess
+SURE = 0.95
 DRAWS = 400
 
 
@@ -59,7 +60,7 @@ class Forecast:
     verdict: str
 
 
-def fit(budgets: Sequence[float], means: Sequence[float]) -> PowerLaw | None:
+def fit(budgets: Sequence[float], means: Sequence[float] | Array) -> PowerLaw | None:
     """Least squares over ceiling <= 1, drop >= 0 and a grid of rates; None below three points."""
     n, y = np.asarray(budgets, float), np.asarray(means, float)
     kept = np.isfinite(y)
@@ -120,15 +121,15 @@ def _one(
     here = law.needed(wish)
     never = float(np.mean(np.isinf(needed)))
     top = float(np.nanmax(means))
-    if never > 0.5 or np.isinf(here):
-        if low <= FARTHEST * largest and never <= 0.95:
-            text = (
-                f"cannot tell: the curve seems to level off near {law.ceiling:.2f}, but "
-                f"{_whole(low)} labels would do if it does not"
-            )
-            return Forecast(wish, None, _whole(low), None, text)
+    if np.isinf(here) and never > SURE:
         text = f"not reached: the curve levels off near {law.ceiling:.2f} (best seen {top:.2f})"
         return Forecast(wish, None, None, None, text)
+    if np.isinf(here):
+        text = f"cannot tell: it may level off near {law.ceiling:.2f}; at least {_whole(low)}"
+        return Forecast(wish, None, _whole(low), None, text)
+    if never > 0.5:
+        text = f"cannot tell: the curves of single draws disagree (best seen {top:.2f})"
+        return Forecast(wish, None, _whole(low), None, text)
     if here > FARTHEST * largest:
         text = f"cannot tell: more than {FARTHEST * largest:.0f} labels, far beyond what was seen"
         return Forecast(wish, None, _whole(low), None, text)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.campaign.scoring import CaseScore, LabelScore
 
@@ -107,16 +108,20 @@ class Journal:
                 self.passed_over += 1
 
 
-def _outcome(row: Mapping[str, object]) -> Outcome:
-    known = dict(row)
-    del known["protocol"]
+def _outcome(row: Mapping[str, Any]) -> Outcome:
     cases = tuple(
         CaseScore(
             case["image_id"],
             {name: LabelScore(**score) for name, score in case["labels"].items()},
         )
-        for case in known.pop("cases")  # type: ignore[attr-defined]  # JSON of `add`
+        for case in row["cases"]
     )
-    seconds = Seconds(**known.pop("seconds"))  # type: ignore[arg-type]  # the same
-    picked, reasons = (tuple(known.pop(name)) for name in ("picked", "reasons"))  # type: ignore[arg-type]  # the same
-    return Outcome(**known, picked=picked, reasons=reasons, cases=cases, seconds=seconds)  # type: ignore[arg-type]  # the same
+    return Outcome(
+        strategy=row["strategy"],
+        seed=row["seed"],
+        budget=row["budget"],
+        picked=tuple(row["picked"]),
+        reasons=tuple(row["reasons"]),
+        cases=cases,
+        seconds=Seconds(**row["seconds"]),
+    )

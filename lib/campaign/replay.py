@@ -25,7 +25,7 @@ from lib.runtime import Runtime
 from lib.segmentation import Segmentation
 from lib.segmenter import ReferenceEngine
 from lib.settings import RefSegSettings
-from lib.types import IntArray, LabelledImage, Reference
+from lib.types import FloatArray, IntArray, LabelledImage, Reference
 
 _CASES_BYTES = 1 << 30
 
@@ -64,7 +64,7 @@ class CampaignRuntime(Runtime):
     def __init__(self, settings: RefSegSettings, *, work: Path, studies: str) -> None:
         own = settings.model_copy(update={"bank": None})
         super().__init__(own, bank_root=work / "campaign", studies=studies)
-        self._work = work
+        self._work_folder = work
         self._remembering: ReferenceEngine | None = None
         self._library: MemoryBank | None = None
         self.segmenter: RememberingSegmenter
@@ -75,7 +75,7 @@ class CampaignRuntime(Runtime):
         with self._build_lock:
             if self._remembering is None:
                 plain, chosen = super().engine, self.settings
-                folder = self._work / "features" / plain.segmenter.fingerprint
+                folder = self._work_folder / "features" / plain.segmenter.fingerprint
                 self.segmenter = RememberingSegmenter(plain.segmenter, folder)
                 self._remembering = ReferenceEngine(
                     self.segmenter,
@@ -93,7 +93,7 @@ class CampaignRuntime(Runtime):
         with self._build_lock:
             if self._library is None:
                 encode = super()._references_of
-                self._library = MemoryBank(self._work / "library", self.fingerprint, encode)
+                self._library = MemoryBank(self._work_folder / "library", self.fingerprint, encode)
             return self._library
 
     def _references_of(self, labelled: LabelledImage) -> Iterator[Reference]:
@@ -129,8 +129,8 @@ class Replay:
         Returns:
             the pool that strategies choose from.
         """
-        library, failed = self.runtime.library, []
-        vectors = {}
+        library, failed = self.runtime.library, list[tuple[str, str]]()
+        vectors: dict[str, FloatArray] = {}
         for image_id, one in self.labelled.items():
             failed += library.sync([one], complete=False).failed
             vectors |= self.runtime.pool.embeddings({image_id: one.image_path}, seconds=1e9)

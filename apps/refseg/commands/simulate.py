@@ -56,10 +56,10 @@ def simulate(
     risk: Annotated[
         str,
         typer.Option(
-            help="measured: strategies know the confidence of masks made so far; estimated: they "
-            "do not; auto: measured where all images are scored."
+            help="measured: strategies are told the confidence of the masks made so far, as by "
+            "the server; estimated: they are not."
         ),
-    ] = "auto",
+    ] = "measured",
     dry: Annotated[
         bool, typer.Option("--dry", help="No labels needed: the order proposed, and a map.")
     ] = False,
@@ -122,8 +122,8 @@ def _campaign(
     from lib.campaign.run import play, steps
     from lib.campaign.summary import summarize
 
-    if risk not in ("auto", "measured", "estimated"):
-        msg = f"risk {risk!r}: choose auto, measured or estimated."
+    if risk not in ("measured", "estimated"):
+        msg = f"risk {risk!r}: choose measured or estimated."
         raise RequestError(msg)
     start = time.perf_counter()
     chosen = check_strategies(names)
@@ -139,9 +139,6 @@ def _campaign(
     if len(fitting) < len(set(budgets)):
         err.print(f"{len(replay.labelled)} images: the budgets are {', '.join(map(str, fitting))}")
     targets = draw_targets(list(replay.labelled), limit_targets)
-    source = risk if risk != "auto" else "estimated"
-    if risk == "auto" and len(targets) == len(replay.labelled):
-        source = "measured"
     plan = Plan(
         strategies=chosen,
         budgets=fitting,
@@ -150,7 +147,7 @@ def _campaign(
         labels=replay.names,
         slices=limit_slices,
         tolerance_mm=tolerance,
-        risk="measured" if source == "measured" else "estimated",
+        risk="measured" if risk == "measured" else "estimated",
         source=source_of(
             list(replay.labelled.values()), runtime.fingerprint, repr(runtime.options)
         ),
@@ -188,8 +185,7 @@ def _campaign(
             "strategy": one.strategy,
             **{f"Dice at {level.budget}": f"{level.dice.mean:.3f}" for level in one.levels},
             "area": f"{one.area.mean:.3f}",
-            "less random": f"{100 * one.gain.mean:+.1f}" if one.gain else "",
-            f"labels for {wishes[0]:g}": one.forecasts[0].verdict if one.forecasts else "",
+            "less random's, points": f"{100 * one.gain.mean:+.1f}" if one.gain else "",
         }
         for one in summaries
     ]
@@ -197,6 +193,9 @@ def _campaign(
         sys.stdout.write((folder / "campaign.json").read_text(encoding="utf-8"))
     else:
         _tell(rows, rows, False)
+        for one in summaries[0].forecasts:
+            text = f"{summaries[0].strategy}, Dice {one.wish:g}: {one.verdict}"
+            err.print(text, highlight=False, markup=False)
         err.print(f"{folder / 'report.html'}", highlight=False, markup=False)
 
 
