@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from lib.errors import ImageError
 from lib.memory.pool import EmbeddingPool
+from lib.retrieval.poolview import PoolView
 from lib.types import FloatArray
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,13 @@ class Pool:
 
     Args:
         open_pool: opens what is stored; called once, when it is first needed.
-        embed: path of an image -> (M, E) unit vectors.
+        embed: path of an image -> (n, E) unit vectors, and their slices' numbers.
     """
 
     def __init__(
-        self, open_pool: Callable[[], EmbeddingPool], embed: Callable[[Path], FloatArray]
+        self,
+        open_pool: Callable[[], EmbeddingPool],
+        embed: Callable[[Path], tuple[FloatArray, Sequence[int]]],
     ) -> None:
         self._open_pool = open_pool
         self._embed_file = embed
@@ -53,6 +56,21 @@ class Pool:
     ) -> dict[str, FloatArray]:
         """Embeddings of the datastore's images, computed once and kept.
 
+        Args:
+            paths: image id -> file, of all images.
+            first: ids to compute before the others.
+            seconds: how long to compute within this call, see `advance`.
+
+        Returns:
+            id -> (M, E) of the images that are embedded by now.
+        """
+        return self._gather(sorted(self.advance(paths, first=first, seconds=seconds)))
+
+    def advance(
+        self, paths: Mapping[str, Path], *, first: Collection[str] = (), seconds: float
+    ) -> set[str]:
+        """Compute some of what is missing; the ids of what is embedded by now.
+
         What is missing is computed for so long, one image at least, and then in the background.
         So is the reading of files that changed their name or time alone, to find out just that.
 
@@ -60,9 +78,6 @@ class Pool:
             paths: image id -> file, of all images.
             first: ids to compute before the others.
             seconds: how long to compute within this call.
-
-        Returns:
-            id -> (M, E) of the images that are embedded by now.
         """
         deadline = time.monotonic() + seconds
         known = self._stored.known(paths)
@@ -77,11 +92,21 @@ class Pool:
                 late[image_id] = path
                 continue
             busied = True
-            if self._embed(image_id, path):
+            if self.embed(image_id, path):
                 known.add(image_id)
         if late:
             self._embed_soon(late)
-        ids = sorted(known)
+        return known
+
+    def missing(self, paths: Mapping[str, Path]) -> list[str]:
+        """Ids without embeddings, sorted; those that could not be read are among them."""
+        return sorted(paths.keys() - self._stored.known(paths))
+
+    def view(self, ids: Collection[str]) -> PoolView:
+        """What is stored of images, for a ranking."""
+        return PoolView.of(self._gather(sorted(ids)), self._stored.slice_numbers())
+
+    def _gather(self, ids: Sequence[str]) -> dict[str, FloatArray]:
         vectors, owners = self._stored.gather(ids)
         if not len(owners):
             return {}
@@ -92,7 +117,7 @@ class Pool:
     def _is_unreadable(self, image_id: str, path: Path) -> bool:
         return self._unreadable.get(image_id) == _mark(path)
 
-    def _embed(self, image_id: str, path: Path) -> bool:
+    def embed(self, image_id: str, path: Path) -> bool:
         """Compute one image's embeddings, if the pool does not know its bytes by another name.
 
         Returns:
@@ -103,7 +128,8 @@ class Pool:
         mark = _mark(path)
         try:
             if self._stored.get(image_id, path) is None:
-                self._stored.put(image_id, path, self._embed_file(path))
+                vectors, numbers = self._embed_file(path)
+                self._stored.put(image_id, path, vectors, numbers=numbers)
         except (ImageError, OSError) as error:
             logger.warning("%s is not compared with the others: %s", image_id, error)
             self._unreadable[image_id] = mark
@@ -122,7 +148,7 @@ class Pool:
         try:
             for image_id, path in paths.items():
                 self._idle.wait()  # a person who waits for a mask comes first
-                self._embed(image_id, path)
+                self.embed(image_id, path)
         except Exception:
             logger.exception("the comparison of unlabelled images ended early")
         finally:

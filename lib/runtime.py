@@ -5,13 +5,14 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lib.errors import RefSegError
 from lib.imaging.io import read_image
+from lib.imaging.slices import through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.memory.pool import EmbeddingPool
 from lib.memory.records import SyncReport
@@ -148,6 +149,10 @@ class Runtime:
             logger.error("the bank's labels cannot be told: %s", error)
             return ()
 
+    def annotated(self) -> Mapping[str, frozenset[str]]:
+        """Image id -> labels that its references know; nothing while the bank is not open yet."""
+        return self._bank.annotated() if self._bank is not None else {}
+
     @property
     def fingerprint(self) -> str:
         """Of everything that a stored reference depends on, but the label and the image."""
@@ -177,8 +182,13 @@ class Runtime:
     def _open_pool(self) -> EmbeddingPool:
         return EmbeddingPool(self.folder, self.fingerprint)
 
-    def _embed_file(self, path: Path) -> FloatArray:
-        return self.engine.embed_image(read_image(path))
+    def _embed_file(self, path: Path) -> tuple[FloatArray, list[int]]:
+        image = read_image(path)
+        vectors = self.engine.embed_image(image)
+        depth = image.voxels.shape[through_plane_axis(image, self.settings.axis_index)]
+        # the same as in `embed_image`: inner slices, evenly spread
+        numbers = [int((n + 0.5) * depth / len(vectors)) for n in range(len(vectors))]
+        return vectors, numbers
 
     def sync(self, list_labels: ListLabels) -> tuple[list[LabelledImage], SyncReport]:
         """Bring the bank up to date with the datastore; waits for one that runs already.

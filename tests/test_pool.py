@@ -17,12 +17,13 @@ class Encoder:
     def __init__(self) -> None:
         self.read: list[str] = []
 
-    def __call__(self, path: Path) -> FloatArray:
+    def __call__(self, path: Path) -> tuple[FloatArray, range]:
         self.read.append(path.name)
         text = path.read_text()
         if text == "broken":
             raise ImageError(path.name)
-        return np.full((len(text), 2), float(text[0]), np.float32)
+        vectors = np.full((len(text), 2), float(text[0]), np.float32)
+        return vectors, range(0, 3 * len(text), 3)
 
 
 @pytest.fixture
@@ -58,6 +59,15 @@ def test_each_image_gets_its_own_rows(pool: Pool, paths: dict[str, Path]) -> Non
     assert found.keys() == paths.keys()
     for number, image_id in enumerate(paths):
         np.testing.assert_array_equal(found[image_id], np.full((number + 1, 2), number))
+
+
+def test_a_view_knows_the_slices_of_what_is_stored(pool: Pool, paths: dict[str, Path]) -> None:
+    pool.advance(paths, seconds=60)
+    view = pool.view(["image 4", "image 1", "unknown"])
+    assert view.ids == ("image 1", "image 4")
+    assert view.slices.tolist() == [0, 3, 0, 3, 6, 9, 12]
+    assert view.starts.tolist() == [0, 2, 7]
+    assert pool.missing({**paths, "new": paths["image 1"].with_name("new.png")}) == ["new"]
 
 
 def test_there_may_be_no_images(pool: Pool) -> None:

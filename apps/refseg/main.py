@@ -24,7 +24,6 @@ from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
-from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 
 from lib.datastore import StudiesDatastore, label_names, labelled_images
@@ -35,7 +34,7 @@ from lib.runtime import Runtime
 from lib.settings import from_conf
 from lib.site.serving import SiteModel
 from lib.site.store import ModelStore
-from lib.strategies.refseg import RefSegStrategy
+from lib.strategies.ranked import PEERS, Desk, RankedStrategy
 from lib.trainers.matchseg import MatchSegTrainer
 from lib.types import LabelledImage
 
@@ -86,15 +85,12 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
 
     def init_strategies(self) -> dict[str, Strategy]:
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
-        similar = RefSegStrategy(self._runtime)
+        desk = Desk(self._runtime)
+        names = ("refseg", "coverage", "uncertainty", "random", "first", *PEERS)
+        served: dict[str, Strategy] = {name: RankedStrategy(name, desk) for name in names}
         if self._settings.ohif:
-            return {
-                "refseg": similar,
-                "random": similar,
-                "monailabel_random": Random(),
-                "first": First(),
-            }
-        return {"refseg": similar, "random": Random(), "first": First()}
+            served["random"] = served["refseg"]
+        return {**served, "monailabel_random": Random()}
 
     def init_batch_infer(self) -> BatchInferTask:
         """The platform's, made to run without a GPU."""

@@ -202,6 +202,10 @@ class MemoryBank:
         """On how many slices each label is present, and annotated but absent."""
         return MappingProxyType(self._with_view(lambda view: view.counts()))
 
+    def annotated(self) -> Mapping[str, frozenset[str]]:
+        """Image id -> the labels that it says anything of, present or absent."""
+        return MappingProxyType(self._with_view(lambda view: view.annotated()))
+
     def embeddings(self, image_id: str | None = None) -> tuple[list[SliceKey], FloatArray]:
         """All keys in order, or those of one image, and their embeddings (N, E)."""
 

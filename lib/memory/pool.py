@@ -4,6 +4,7 @@ One SQLite file: a hundred thousand images are rows of some hundred bytes to kil
 folder of files would serve more slowly and no more safely.
 """
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ CREATE TABLE IF NOT EXISTS embeddings (
     slices INTEGER NOT NULL,
     size INTEGER NOT NULL,
     dtype TEXT NOT NULL,
-    data BLOB NOT NULL
+    data BLOB NOT NULL,
+    numbers TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS by_content ON embeddings (content);
 """
@@ -46,7 +48,7 @@ class EmbeddingPool:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        path = fingerprint_folder(Path(folder), fingerprint) / "pool.sqlite"
+        path = fingerprint_folder(Path(folder), fingerprint) / "embeddings.sqlite"
         self._catalogue = Catalogue(path, _SCHEMA, fingerprint)
 
     def get(self, image_id: str, path: Path) -> FloatArray | None:
@@ -54,14 +56,14 @@ class EmbeddingPool:
         looks = _looks(path)
         if looks is None:
             return None
-        columns = "signature, content, slices, size, dtype, data"
+        columns = "signature, content, slices, size, dtype, data, numbers"
         row = self._read(
             lambda c: c.execute(
                 f"SELECT {columns} FROM embeddings WHERE image_id = ?", (image_id,)
             ).fetchone()
         )
         if row is not None and looks and row[0] == looks:
-            return _array(*row[2:])
+            return _array(*row[2:6])
         content = file_digest(path)
         if row is None or row[1] != content:
             # Renamed, or another image took its place: the same bytes are known under any id.
@@ -74,16 +76,27 @@ class EmbeddingPool:
                 return None
         self._write(
             lambda c: c.execute(
-                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (image_id, str(path), looks, *row[1:]),
             )
         )
-        return _array(*row[2:])
+        return _array(*row[2:6])
 
     def put(
-        self, image_id: str, path: Path, array: npt.NDArray[np.float32] | npt.NDArray[np.float16]
+        self,
+        image_id: str,
+        path: Path,
+        array: npt.NDArray[np.float32] | npt.NDArray[np.float16],
+        *,
+        numbers: Sequence[int] = (),
     ) -> None:
         """Keep the embeddings (n, E) of an image as it is now, as float16 or float32 as given.
+
+        Args:
+            image_id: its id.
+            path: its file or folder.
+            array: one row per slice.
+            numbers: the n slices' numbers in their volume; 0, 1, ... where none are given.
 
         Raises:
             OSError: the image is not there any more.
@@ -100,10 +113,11 @@ class EmbeddingPool:
             *array.shape,
             array.dtype.name,
             np.ascontiguousarray(array).tobytes(),
+            json.dumps([int(number) for number in numbers or range(len(array))]),
         )
         self._write(
             lambda c: c.execute(
-                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
+                "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values
             )
         )
 
@@ -149,6 +163,11 @@ class EmbeddingPool:
             return np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
         groups = np.concatenate([np.full(len(a), position) for position, a in found])
         return np.concatenate([a for _, a in found]), groups.astype(np.int64)
+
+    def slice_numbers(self) -> dict[str, tuple[int, ...]]:
+        """The numbers of the embedded slices in their volumes, of every image stored."""
+        rows = self._read(lambda c: _all(c, "SELECT image_id, numbers FROM embeddings"))
+        return {image_id: tuple(json.loads(text)) for image_id, text in rows}
 
     def forget(self, image_ids: Sequence[str]) -> None:
         """Drop the embeddings of images."""

@@ -136,6 +136,13 @@ class View:
             for label, ids in sorted(annotated.items())
         }
 
+    def annotated(self) -> dict[str, frozenset[str]]:
+        """For each image the labels that it says anything of."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for entry in self._entries.values():
+            found[entry.key.image_id].update(entry.stored.present, entry.stored.absent)
+        return {image_id: frozenset(names) for image_id, names in found.items()}
+
     def __len__(self) -> int:
         return len(self._entries)
 
