@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 20
 PROVENANCE = ".provenance.json"
+FOUND = ("label_names", "confidence", "references", "own_slices", "message")
 
 
 class LabelStore(TableStore):
@@ -267,9 +268,10 @@ class LabelStore(TableStore):
         """Where a mask of RefSeg's own came from, in a file beside it; none beside a person's."""
         path = Path(self._datastore.label_path(tag), f"{image_id}{PROVENANCE}")
         params = info.get("params")
-        told = params.get("provenance") if isinstance(params, Mapping) else None
-        if told:
-            write_json(path, told)
+        made = params.get("provenance") if isinstance(params, Mapping) else None
+        if isinstance(params, Mapping) and isinstance(made, Mapping):
+            found = {key: params[key] for key in FOUND if key in params}
+            write_json(path, {"image": image_id, **made, **found})
         else:
             path.unlink(missing_ok=True)
 

@@ -215,10 +215,15 @@ def test_provenance_lies_beside_a_mask_of_our_own_and_goes_with_it(
     studies: Path, tmp_path: Path
 ) -> None:
     store = open_store(studies)
-    info = {"model": "refseg", "params": {"provenance": {"segmenter": "x"}}}
+    params = {"provenance": {"segmenter": "x"}, "confidence": {"n": 0.5}, "latencies": {}}
+    info = {"model": "refseg", "params": params}
     store.save_label("a", str(label(tmp_path, 1)), "original", info)
     beside = studies / "labels/original/a.provenance.json"
-    assert json.loads(beside.read_text()) == {"segmenter": "x"}
+    assert json.loads(beside.read_text()) == {
+        "image": "a",
+        "segmenter": "x",
+        "confidence": {"n": 0.5},
+    }
     store.refresh()
     assert store.status()["label_tags"] == {"original": 1}
     store.save_label("a", str(label(tmp_path, 2)), "original", {})

@@ -1,15 +1,18 @@
 """The command line's `infer`: which files, which bank, and one file's mask."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.durable import write_json
 from lib.errors import RefSegError, RequestError
 from lib.imaging.formats import ITK, NIFTI, PICTURES, WRITABLE, extension_of
 from lib.imaging.io import read_image, write_label_map
 from lib.imaging.volumes import is_dicom
+from lib.infers.provenance import provenance_of
 from lib.runtime import Runtime
+from lib.segmentation import Segmentation
 from lib.types import LabelledImage
 
 
@@ -85,10 +88,27 @@ def segment_file(
         row["label_names"] = {name: value for value, name in enumerate(found.labels, start=1)}
         row["confidence"] = dict(found.confidence)
         row["message"] = found.message
+        _write_provenance(runtime, found, target.with_name(f"{name}.provenance.json"), row)
     except (RefSegError, OSError) as error:
         row["message"] = str(error)
     row["seconds"] = round(time.perf_counter() - start, 2)
     return row
+
+
+def _write_provenance(
+    runtime: Runtime, found: Segmentation, target: Path, row: Mapping[str, Any]
+) -> None:
+    references = {
+        name: [
+            {"image": used.key.image_id, "axis": used.key.axis, "slice": used.key.index}
+            | {"similarity": round(used.similarity, 4), "slices": used.slices}
+            for used in rows
+        ]
+        for name, rows in found.references.items()
+    }
+    told = {key: row[key] for key in ("image", "mask", "label_names", "confidence", "message")}
+    made = provenance_of(runtime, runtime.options)
+    write_json(target, {**told, **made, "references": references})
 
 
 def _ending(path: Path, kind: str) -> str:

@@ -12,14 +12,17 @@ import numpy as np
 from fastapi import HTTPException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from lib.cancellation import StoppedError, stop_if_asked
 from lib.datastore import find_by_path
 from lib.errors import ImageError, LabelError, RefSegError, RequestError
 from lib.imaging.formats import PICTURES, WRITABLE, extension_of
 from lib.imaging.io import ImageVolume, read_image, write_label_map
 from lib.infers.numbers import LabelNumbers
+from lib.infers.provenance import provenance_of
 from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import ListLabels, Runtime, progress_logger
 from lib.segmentation import Segmentation
+from lib.segmenter import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             raise HTTPException(422, str(error)) from error
         except RefSegError as error:  # weights or bank: the server's owner has to mend it
             raise HTTPException(503, str(error)) from error
-        except HTTPException:
+        except (HTTPException, StoppedError):
             raise
         except Exception as error:
             mark = uuid.uuid4().hex[:8]
@@ -123,7 +126,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             labels=names,
             options=wanted.options,
             own=own,
-            on_progress=progress_logger(f"segmenting {wanted.path.name}"),
+            on_progress=_unless_stopped(progress_logger(f"segmenting {wanted.path.name}")),
         )
         values = {name: value for value, name in enumerate(found.labels, start=1)}
         if wanted.info_numbers:
@@ -137,6 +140,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         seconds = {"read": read - start, "sync": synced - read, **found.seconds}
         seconds |= {"write": end - written, "total": end - start}
         params = self._params(found, values, seconds)
+        params["provenance"] = provenance_of(self._runtime, wanted.options)
         params["warnings"] = [
             f"The label of {image_id} is not used: {why}" for image_id, why in report.failed
         ]
@@ -181,6 +185,16 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             "bank": {"generation": version.generation, "fingerprint": version.fingerprint},
             "message": found.message,
         }
+
+
+def _unless_stopped(report: Progress) -> Progress:
+    """As `report`, and the end of the work where nobody waits for it any more."""
+
+    def check(done: int, total: int) -> None:
+        stop_if_asked()
+        report(done, total)
+
+    return check
 
 
 def _write(
