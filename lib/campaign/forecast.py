@@ -61,26 +61,41 @@ class Forecast:
 
 
 def fit(budgets: Sequence[float], means: Sequence[float] | Array) -> PowerLaw | None:
-    """Least squares over ceiling <= 1, drop >= 0 and a grid of rates; None below three points."""
-    n, y = np.asarray(budgets, float), np.asarray(means, float)
-    kept = np.isfinite(y)
-    n, y = n[kept], y[kept]
-    if len(np.unique(n)) < FEWEST_BUDGETS:
-        return None
-    best, least = None, np.inf
-    for rate in _RATES:
-        x = n**-rate
-        spread = ((x - x.mean()) ** 2).sum()
-        drop = -((x - x.mean()) * (y - y.mean())).sum() / spread
-        ceiling = y.mean() + drop * x.mean()
-        if ceiling > 1:
-            ceiling, drop = 1.0, (x * (1 - y)).sum() / (x * x).sum()
-        if drop < 0:
-            ceiling, drop = min(1.0, float(y.mean())), 0.0
-        error = float(((ceiling - drop * x - y) ** 2).sum())
-        if error < least:
-            best, least = PowerLaw(float(ceiling), float(drop), float(rate)), error
-    return best
+    """The law through one curve; None where it has fewer than three points."""
+    return fit_all(budgets, np.asarray(means, float)[None])[0]
+
+
+def fit_all(budgets: Sequence[float], means: Array) -> list[PowerLaw | None]:
+    """Least squares over ceiling <= 1, drop >= 0 and a grid of rates.
+
+    Args:
+        budgets: B numbers of labels.
+        means: (D, B) curves; points that are no number do not count.
+    """
+    there = np.isfinite(means)
+    y = np.where(there, means, 0.0)[:, None]  # (D, 1, B)
+    w = there[:, None].astype(float)
+    x = np.asarray(budgets, float)[None, None] ** -_RATES[None, :, None]  # (1, R, B)
+    count = np.maximum(w.sum(-1), 1)
+    mean_x, mean_y = (w * x).sum(-1) / count, (w * y).sum(-1) / count  # (D, R)
+    off_x, off_y = x - mean_x[..., None], y - mean_y[..., None]
+    spread = np.maximum((w * off_x**2).sum(-1), 1e-12)
+    drop = -(w * off_x * off_y).sum(-1) / spread
+    ceiling = mean_y + drop * mean_x
+    # where the best line leaves what a Dice can be, the best one on that border
+    capped = (w * x * (1 - y)).sum(-1) / np.maximum((w * x * x).sum(-1), 1e-12)
+    drop = np.where(ceiling > 1, capped, drop)
+    ceiling = np.minimum(ceiling, 1)
+    ceiling = np.where(drop < 0, np.minimum(mean_y, 1), ceiling)
+    drop = np.maximum(drop, 0)
+    errors = (w * (ceiling[..., None] - drop[..., None] * x - y) ** 2).sum(-1)
+    best = errors.argmin(1)
+    return [
+        PowerLaw(float(ceiling[row, rate]), float(drop[row, rate]), float(_RATES[rate]))
+        if there[row].sum() >= FEWEST_BUDGETS
+        else None
+        for row, rate in enumerate(best)
+    ]
 
 
 def forecast(
@@ -100,13 +115,12 @@ def forecast(
         text = f"cannot tell: at least {FEWEST_BUDGETS} numbers of labels are needed"
         return [Forecast(wish, None, None, None, text) for wish in wishes]
     rng = np.random.default_rng(seed)
-    draws = []
     seeds, _, cases = dice.shape
-    for _ in range(DRAWS):
-        chosen = dice[rng.integers(seeds, size=seeds)][:, :, rng.integers(cases, size=cases)]
-        drawn = fit(budgets, _curve(chosen))
-        if drawn is not None:
-            draws.append(drawn)
+    drawn = [
+        _curve(dice[rng.integers(seeds, size=seeds)][:, :, rng.integers(cases, size=cases)])
+        for _ in range(DRAWS)
+    ]
+    draws = [one for one in fit_all(budgets, np.stack(drawn)) if one is not None]
     return [_one(wish, law, draws, budgets, means) for wish in wishes]
 
 
@@ -144,16 +158,12 @@ def _one(
 
 def _curve(dice: Array) -> Array:
     """(S, B, C) -> (B,) mean over campaigns of the mean over cases."""
-    flat = np.full(dice.shape[1], np.nan)
-    for budget in range(dice.shape[1]):
-        per_seed = [row[np.isfinite(row)].mean() for row in dice[:, budget] if _any(row)]
-        if per_seed:
-            flat[budget] = float(np.mean(per_seed))
-    return flat
-
-
-def _any(row: Array) -> bool:
-    return bool(np.isfinite(row).any())
+    there = np.isfinite(dice)
+    count = there.sum(-1)
+    means = np.where(there, dice, 0).sum(-1) / np.maximum(count, 1)  # (S, B)
+    runs = (count > 0).sum(0)
+    total = np.where(count > 0, means, 0).sum(0)
+    return np.where(runs > 0, total / np.maximum(runs, 1), np.nan)
 
 
 def _whole(labels: float) -> int | None:

@@ -5,6 +5,7 @@ by `false_alarm`. Where the truth has it and nothing was found, Dice and NSD are
 longest distance that the grid has, so that a structure missed does not vanish from a mean.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,10 +87,14 @@ def surface(
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
     pair = [torch.from_numpy(mask.squeeze())[None, None] for mask in (found, truth)]
-    far = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
-    near = compute_surface_dice(
-        *pair, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's, of its own inner calls
+        far = compute_hausdorff_distance(
+            *pair, include_background=True, percentile=95, spacing=spacing
+        )
+        near = compute_surface_dice(
+            *pair, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing
+        )
     return Surface(float(far), float(near))
 
 
