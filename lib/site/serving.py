@@ -14,7 +14,7 @@ from lib.site.store import ModelCard, ModelStore
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 5.0  # a request waits so long for a new model before the old one answers
+PATIENCE_S = 10.0  # a request waits so long for a new model before the old one answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ class SiteModel:
         bank_root: Path,
         studies: str,
         list_labels: ListLabels,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Nothing is loaded or read yet.
 
@@ -87,7 +88,9 @@ class SiteModel:
             bank_root: folder of the banks, where the settings name none.
             studies: folder or URL of the datastore.
             list_labels: the datastore's final labels, as they are now.
+            patience_s: how long a request waits for a new model before the old one answers.
         """
+        self._patience_s = patience_s
         self.store = store
         self._settings = settings
         self._bank_root = bank_root
@@ -120,7 +123,7 @@ class SiteModel:
             if ready is not None and ready.card == wanted:
                 return ready
             work = self._prepare(wanted)
-        work.done.wait(PATIENCE_S if ready is not None else None)
+        work.done.wait(self._patience_s if ready is not None else None)
         if not work.done.is_set() and ready is not None:
             logger.info(
                 "model %d answers while %d is made ready", ready.card.version, work.card.version

@@ -1,0 +1,229 @@
+"""A site's own model through a real server: train, watch, infer, roll back, kill, full disk.
+
+The pictures are simple and the trainings tiny: what is tested is what happens to a model, not how
+good it gets. The model to be beaten is therefore one that never learned anything.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from lib.models.network import MatchSegNet, NetworkConfig
+from lib.site.store import ModelCard, ModelStore
+from tests.apps.phantoms import ball, dice, write_picture, write_picture_labels
+from tests.apps.server_process import Server
+
+pytestmark = pytest.mark.server
+
+TINY = {"steps_per_epoch": 1, "images": 3, "size": 64, "val_split": 0.2}
+PATIENCE_S = 240
+
+
+class Site:
+    """A server and the folder of its models."""
+
+    def __init__(self, server: Server, models: Path) -> None:
+        self.server = server
+        self.models = models
+
+    @property
+    def store(self) -> ModelStore:
+        (folder,) = (path for path in self.models.iterdir() if path.is_dir())
+        return ModelStore(folder)
+
+    def info(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.server.get("/info/").json()
+        return found
+
+    def train(self, **options: object) -> dict[str, Any]:
+        """Start a training and wait for its end, asking every now and then as clients do."""
+        self.start(**options)
+        return self.wait()
+
+    def start(self, **options: object) -> None:
+        url = f"{self.server.url}/train/matchseg"
+        answer = requests.post(url, json={**TINY, **options}, timeout=60)
+        assert answer.ok, answer.text
+        assert answer.json()["status"] == "SUBMITTED"
+
+    def task(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.server.get("/train/").json()
+        return found
+
+    def wait(self) -> dict[str, Any]:
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            task = self.task()
+            if task["status"] not in ("SUBMITTED", "RUNNING"):
+                return task
+            time.sleep(0.2)
+        raise AssertionError(f"the training did not end: {task}")
+
+    def infer(self, tmp_path: Path, image: str = "p5") -> tuple[np.ndarray, dict[str, Any]]:
+        form = {"params": (None, json.dumps({"k": 4}))}
+        url = f"{self.server.url}/infer/matchseg"
+        told = requests.post(url, params={"image": image, "output": "json"}, files=form, timeout=90)
+        assert told.ok, told.text
+        file = requests.post(
+            url, params={"image": image, "output": "image"}, files=form, timeout=90
+        )
+        path = tmp_path / "mask.png"
+        path.write_bytes(file.content)
+        return np.asarray(Image.open(path)), told.json()["params"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site model")
+    studies = folder / "studies"
+    studies.mkdir()
+    for seed in range(6):
+        write_picture(studies / f"p{seed}.png", seed)
+    models = folder / "models"
+    models.mkdir()
+    server = Server(folder, studies, {"site_models": str(models)}).start()
+    site = Site(server, models)
+    yield site
+    server.stop()
+
+
+@pytest.fixture
+def labelled(site: Site, tmp_path: Path) -> Site:
+    for seed in range(5):
+        submit(site, f"p{seed}", seed, tmp_path)
+    return site
+
+
+def submit(site: Site, image: str, seed: int, folder: Path) -> None:
+    label = write_picture_labels(folder / "label.png", seed)
+    answer = requests.put(
+        f"{site.server.url}/datastore/label",
+        params={"image": image},
+        files={
+            "label": ("label.png", label.read_bytes()),
+            "params": (None, json.dumps({"label_info": [{"name": "ball", "idx": 1}]})),
+        },
+        timeout=60,
+    )
+    assert answer.ok, answer.text
+
+
+def test_before_the_first_model_there_is_a_trainer_and_no_task(site: Site, tmp_path: Path) -> None:
+    info = site.info()
+    assert list(info["models"]) == ["refseg"]
+    assert list(info["trainers"]) == ["matchseg"]
+    config = info["trainers"]["matchseg"]["config"]
+    assert {"max_epochs", "start", "val_split", "early_stop_patience", "rollback"} <= config.keys()
+    assert info["train_stats"] == {"matchseg": {}}
+    url = f"{site.server.url}/infer/matchseg?image=p0"
+    refused = requests.post(url, files={"params": (None, "{}")}, timeout=60)
+    assert refused.status_code == 503
+    assert "POST /train/matchseg" in refused.json()["detail"]
+    for seed in range(3):
+        submit(site, f"p{seed}", seed, tmp_path)
+    refused = requests.post(
+        f"{site.server.url}/train/matchseg?run_sync=true", json=TINY, timeout=120
+    )
+    assert refused.status_code == 422
+    assert "3 images are labelled; training needs 4" in refused.json()["detail"]
+
+
+def test_a_killed_training_leaves_nothing_and_goes_on_where_it_was(labelled: Site) -> None:
+    site = labelled
+    site.start(start="scratch", max_epochs=500, early_stop_patience=0)
+    end = time.monotonic() + PATIENCE_S
+    stats: dict[str, Any] = {}
+    while time.monotonic() < end and not stats.get("epoch"):
+        time.sleep(0.2)
+        stats = site.info()["train_stats"]["matchseg"]
+    assert stats["total_epochs"] == 500
+    assert 0 <= stats["best_metric"] <= 1
+    assert stats["total_time"] == ""  # while it runs
+    assert site.server.get("/train/", check_if_running="true").ok
+    pid = json.loads((site.store.folder / "training" / "progress.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    task = site.wait()
+    assert task["status"] == "ERROR"
+    stats = site.info()["train_stats"]["matchseg"]
+    assert stats["total_time"] != ""
+    assert site.store.versions() == []
+    assert list(site.info()["models"]) == ["refseg"]
+    assert site.server.post_infer("p5", {}).ok
+
+    done = int(stats["epoch"])
+    task = site.train(start="scratch", max_epochs=done + 1, early_stop_patience=0)
+    assert task["status"] == "DONE", task
+    said = "\n".join(task["details"])
+    assert f"going on after epoch {done}" in said
+    # One that starts from nothing does not beat the bundled network in so short a time.
+    assert "Not published: Dice 0." in said
+    assert "of the bundled network" in said
+    assert site.store.current() is None
+
+
+def test_a_better_model_answers_at_once_and_can_be_rolled_back(
+    labelled: Site, tmp_path: Path
+) -> None:
+    site = labelled
+    truth = ball(5)[:, :, 0].T
+    torch.manual_seed(0)
+    weak = MatchSegNet(NetworkConfig(size=64, tokens=32, heads=2, width=16, vote_dim=8))
+    torch.nn.init.normal_(weak.head.weight, std=0.5)
+    card = ModelCard(0.1, 0.0, "scratch", ("ball",), (), ())
+    site.store.use(site.store.add(weak, card).version)  # as another process would
+
+    info = site.info()
+    assert info["models"]["matchseg"]["model"]["version"] == 1
+    assert info["models"]["matchseg"]["labels"] == {"ball": 1}
+    mask, params = site.infer(tmp_path)
+    assert params["model"]["version"] == 1
+    before = dice(mask > 0, truth)
+
+    task = site.train(max_epochs=2)
+    assert task["status"] == "DONE", task
+    assert "Published as model 2" in "\n".join(task["details"])
+    mask, params = site.infer(tmp_path)  # no restart, and not a request later
+    assert params["model"]["version"] == 2
+    assert params["warnings"] == []
+    assert params["segmenter"] == "matchseg"
+    assert dice(mask > 0, truth) > max(0.8, before)
+    assert site.info()["train_stats"]["matchseg"]["model"]["version"] == 2
+    assert site.server.log.count("Started server process") == 1
+
+    url = f"{site.server.url}/train/matchseg?run_sync=true"
+    back = requests.post(url, json={"rollback": True}, timeout=120)
+    assert back.ok, back.text
+    assert back.json()["model"] == 1
+    again, params = site.infer(tmp_path)
+    assert params["model"]["version"] == 1
+    assert dice(again > 0, truth) == before
+
+
+def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(
+    labelled: Site,
+) -> None:
+    site = labelled
+    options = ["-t", "tmpfs", "-o", "size=3m", "tmpfs", str(site.models)]
+    if os.geteuid() or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        task = site.train(max_epochs=1)
+        assert task["status"] == "ERROR"
+        assert "Make room" in "\n".join(task["details"])
+        assert not list(site.models.rglob("*.part"))
+        assert list(site.info()["models"]) == ["refseg"]
+        assert site.server.post_infer("p5", {}).ok
+    finally:
+        subprocess.run(["umount", str(site.models)], check=True)
+    assert site.store.versions() != []
