@@ -102,6 +102,10 @@ class Pool:
         """Ids without embeddings, sorted; those that could not be read are among them."""
         return sorted(paths.keys() - self._stored.known(paths))
 
+    def unembedded(self, paths: Mapping[str, Path]) -> list[str]:
+        """Ids that must be computed, sorted; reads the bytes of files that only look new."""
+        return [i for i in self.missing(paths) if self._stored.get(i, paths[i]) is None]
+
     def view(self, ids: Collection[str]) -> PoolView:
         """What is stored of images, for a ranking."""
         return PoolView.of(self._gather(sorted(ids)), self._stored.slice_numbers())
@@ -154,6 +158,18 @@ class Pool:
         finally:
             with self._lock:
                 self._thread = None
+
+    def keep(self, image_id: str, path: Path, vectors: FloatArray, numbers: Sequence[int]) -> None:
+        """Store what another process computed.
+
+        Raises:
+            OSError: the image is not there any more.
+        """
+        self._stored.put(image_id, path, vectors, numbers=numbers)
+
+    def wait_until_idle(self) -> None:
+        """Return when no request is being answered; for other work in the background."""
+        self._idle.wait()
 
     @contextmanager
     def busy(self) -> Iterator[None]:

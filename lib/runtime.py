@@ -65,7 +65,7 @@ class Runtime:
         self._worker: threading.Thread | None = None
         self._waiting: ListLabels | None = None
         self._cold = False
-        self.pool = Pool(self._open_pool, self._embed_file)
+        self.pool = Pool(self._open_pool, self.embed_file)
 
     @property
     def options(self) -> Options:
@@ -182,7 +182,12 @@ class Runtime:
     def _open_pool(self) -> EmbeddingPool:
         return EmbeddingPool(self.folder, self.fingerprint)
 
-    def _embed_file(self, path: Path) -> tuple[FloatArray, list[int]]:
+    def embed_file(self, path: Path) -> tuple[FloatArray, list[int]]:
+        """Embeddings (n, E) of an image for the pool, and the numbers of their slices.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
         image = read_image(path)
         vectors = self.engine.embed_image(image)
         depth = image.voxels.shape[through_plane_axis(image, self.settings.axis_index)]

@@ -67,7 +67,8 @@ def test_a_view_knows_the_slices_of_what_is_stored(pool: Pool, paths: dict[str, 
     assert view.ids == ("image 1", "image 4")
     assert view.slices.tolist() == [0, 3, 0, 3, 6, 9, 12]
     assert view.starts.tolist() == [0, 2, 7]
-    assert pool.missing({**paths, "new": paths["image 1"].with_name("new.png")}) == ["new"]
+    new = paths["image 1"].with_name("new.png")
+    assert "new" in pool.missing({**paths, "new": new})
 
 
 def test_there_may_be_no_images(pool: Pool) -> None:

@@ -353,8 +353,10 @@ def _bytes(size: int | None) -> str:
     return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} kB"
 
 
+from apps.refseg.commands import embed as _embed  # noqa: F401  registers its command
 from apps.refseg.commands import labels as _labels  # noqa: F401  registers its commands
 from apps.refseg.commands import models as _models  # noqa: F401  registers its commands
+from apps.refseg.commands import review as _review  # noqa: F401  registers its command
 from apps.refseg.commands import serve as _serve  # noqa: F401  registers its command
 from apps.refseg.commands import simulate as _simulate  # noqa: F401  registers its command
 

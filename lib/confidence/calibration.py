@@ -1,0 +1,137 @@
+"""From evidence to expected Dice, learned from the user's own labels.
+
+A ridge regression of the logit of Dice on the logits of the signs, no sign with a negative weight,
+one offset for each label; all are pulled towards what is believed before any label is there, as
+strongly as a few samples would. So two labels give a sensible figure and fifty a fitted one, every
+step is monotone, and there is nothing to tune. A sample is a labelled image that was segmented by
+the other labelled images: leave one out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import lsq_linear
+
+from lib.confidence.evidence import Evidence
+
+Floats = npt.NDArray[np.float64]
+
+# What is believed without samples: a weighted mean of logits. Where signs are missing the weights
+# of the others grow. Similarity has no scale of its own, so it counts only once there are samples.
+_BELIEF = {
+    "similarity": 0.0,
+    "presence": 0.1,
+    "quality": 0.25,
+    "sharpness": 0.25,
+    "agreement": 0.2,
+    "reverse": 0.2,
+}
+_WEIGHT_WORTH = 3.0  # samples that the belief in the weights is worth
+_OFFSET_WORTH = 2.0  # the same of a label's being like the others
+_EDGE = 0.02  # Dice of 0 and 1 have no logit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One mask whose Dice is known."""
+
+    label: str
+    evidence: Evidence
+    dice: float
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One regression: for the signs that a mask has."""
+
+    names: tuple[str, ...]
+    means: Floats
+    weights: Floats
+    offset: float
+    labels: Mapping[str, float]
+
+    def expect(self, label: str, signs: Mapping[str, float]) -> float:
+        values = np.array([_scaled(name, signs[name]) for name in self.names])
+        logit = float((values - self.means) @ self.weights) + self.offset
+        return _dice(logit + self.labels.get(label, 0.0))
+
+
+@dataclass
+class Calibration:
+    """Expected Dice of masks; made from samples, unchanging, cheap to make anew.
+
+    Args:
+        samples: leave-one-out; those without any area teach nothing.
+    """
+
+    samples: Sequence[Sample] = ()
+    _fits: dict[tuple[str, ...], _Fit] = field(default_factory=dict, init=False, repr=False)
+
+    def confidence(self, label: str, evidence: Evidence) -> float:
+        """Expected Dice of a mask, 0..1; of an empty one the probability that empty is right."""
+        if not evidence.area:
+            presence = evidence.signs().get("presence", 0.0)
+            return round(1 - presence, 4)
+        signs = evidence.signs()
+        names = tuple(sorted(signs))
+        if names not in self._fits:
+            self._fits[names] = self._fit(names)
+        return round(self._fits[names].expect(label, signs), 4)
+
+    def _fit(self, names: tuple[str, ...]) -> _Fit:
+        usable = [
+            sample
+            for sample in self.samples
+            if sample.evidence.area and set(names) <= sample.evidence.signs().keys()
+        ]
+        belief = np.array([_BELIEF[name] for name in names])
+        if belief.sum():
+            belief = belief / belief.sum()
+        labels = sorted({sample.label for sample in usable})
+        means = np.zeros(len(names))
+        if not usable:
+            return _Fit(names, means, belief, 0.0, {})
+        signs = np.array(
+            [[_scaled(n, sample.evidence.signs()[n]) for n in names] for sample in usable]
+        )
+        means = signs.mean(axis=0)
+        target = np.array([_logit(sample.dice) for sample in usable])
+        member = np.array([[float(s.label == name) for name in labels] for s in usable])
+        # Unknown: weights, the shared offset, each label's own; below the samples, the beliefs.
+        size, count = len(names), len(labels)
+        rows = np.concatenate([signs - means, np.ones((len(usable), 1)), member], axis=1)
+        pull = np.sqrt(np.array([_WEIGHT_WORTH] * size + [_OFFSET_WORTH] + [_OFFSET_WORTH] * count))
+        # Before any sample the offset is what the belief says of the mean evidence.
+        prior = np.concatenate([belief, [float(means @ belief)], np.zeros(count)])
+        lowest = np.concatenate([np.zeros(size), np.full(1 + count, -np.inf)])
+        found = lsq_linear(
+            np.concatenate([rows, np.diag(pull)]),
+            np.concatenate([target, pull * prior]),
+            bounds=(lowest, np.full(len(lowest), np.inf)),
+        ).x
+        return _Fit(
+            names,
+            means,
+            found[:size],
+            float(found[size]),
+            dict(zip(labels, found[size + 1 :].tolist(), strict=True)),
+        )
+
+
+def _scaled(name: str, value: float) -> float:
+    if name == "similarity":  # of cosines near 1 the distance counts
+        return float(-np.log(max(1 - value, 1e-4)))
+    return _logit(value)
+
+
+def _logit(share: float) -> float:
+    inner = min(max(share, _EDGE), 1 - _EDGE)
+    return float(np.log(inner / (1 - inner)))
+
+
+def _dice(logit: float) -> float:
+    """The logit's share, with the edges given back to 0 and 1."""
+    share = 1 / (1 + np.exp(-logit))
+    return float(min(1.0, max(0.0, (share - _EDGE) / (1 - 2 * _EDGE))))
