@@ -25,7 +25,7 @@ from lib.runtime import Runtime
 from lib.segmentation import Segmentation
 from lib.segmenter import ReferenceEngine
 from lib.settings import RefSegSettings
-from lib.types import FloatArray, IntArray, LabelledImage, Reference
+from lib.types import IntArray, LabelledImage, Reference
 
 _CASES_BYTES = 1 << 30
 
@@ -130,18 +130,18 @@ class Replay:
             the pool that strategies choose from.
         """
         library, failed = self.runtime.library, list[tuple[str, str]]()
-        vectors: dict[str, FloatArray] = {}
+        embedded: set[str] = set()
         for image_id, one in self.labelled.items():
             failed += library.sync([one], complete=False).failed
-            vectors |= self.runtime.pool.embeddings({image_id: one.image_path}, seconds=1e9)
+            embedded |= self.runtime.pool.advance({image_id: one.image_path}, seconds=0)
             on_image()
         library.sync(list(self.labelled.values()))
         self.failed = tuple(failed)
-        lost = {image_id for image_id, _ in failed} | (self.labelled.keys() - vectors.keys())
+        lost = {image_id for image_id, _ in failed} | (self.labelled.keys() - embedded)
         for image_id in lost:
             del self.labelled[image_id]
         self.names = self.runtime.settings.labels or tuple(sorted(library.labels()))
-        return PoolView.of({image_id: vectors[image_id] for image_id in self.labelled})
+        return self.runtime.pool.view(list(self.labelled))
 
     def foreground(self) -> Mapping[str, float]:
         """Share of each image that is labelled at all: what only a simulator can know."""

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from lib.campaign.atlas import Atlas, chart
 from lib.campaign.forecast import fit
 from lib.campaign.journal import Outcome, Place
 from lib.campaign.plan import Plan
@@ -21,9 +19,7 @@ from lib.campaign.scoring import CaseScore
 from lib.campaign.summary import Spread, Summary
 from lib.evaluation.charts import Line, curves
 from lib.evaluation.pictures import COLORS, Panel, data_address
-from lib.imaging.io import read_image
-from lib.imaging.slices import cut, cut_labels, through_plane_axis
-from lib.settings import RefSegSettings
+from lib.imaging.slices import cut, cut_labels
 from lib.types import FloatArray, IntArray
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -94,7 +90,7 @@ def write_json(
             if o.budget == plan.budgets[-1]
         ],
     }
-    _write(path, json.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
+    write(path, json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -109,7 +105,7 @@ def write_csv(path: Path, outcomes: Iterable[Outcome]) -> None:
                 figures = (score.dice, score.hd95_mm, score.nsd)
                 cells = (*map(_cell, figures), alarm, _cell(score.confidence))
                 rows.writerow((*one.place, case.image_id, label, *cells))
-    _write(path, text.getvalue())
+    write(path, text.getvalue())
 
 
 def write_html(
@@ -141,65 +137,7 @@ def write_html(
         ],
         in_mm=any(not math.isnan(level.nsd.mean) for s in summaries for level in s.levels),
     )
-    _write(path, page)
-
-
-def write_atlas(
-    folder: Path,
-    atlas: Atlas,
-    paths: Mapping[str, Path],
-    *,
-    studies: str,
-    strategy: str,
-    networks: str,
-    settings: RefSegSettings,
-) -> None:
-    """pool.json, pool.csv and pool.html of a dry run."""
-    place = {proposal.image_id: n for n, proposal in enumerate(atlas.order, start=1)}
-    rows = [
-        {
-            "image": image_id,
-            "x": float(x),
-            "y": float(y),
-            "labelled": image_id in atlas.labelled,
-            "next": place.get(image_id),
-            "far": image_id in atlas.far,
-            "likeness": float(like),
-        }
-        for image_id, (x, y), like in zip(atlas.ids, atlas.places, atlas.likeness, strict=True)
-    ]
-    data = {
-        "strategy": strategy,
-        "explained": atlas.explained,
-        "order": [asdict(proposal) for proposal in atlas.order],
-        "images": rows,
-    }
-    _write(folder / "pool.json", json.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    _write(folder / "pool.csv", text.getvalue())
-
-    def thumbnail(image_id: str, reason: str) -> Thumbnail:
-        image = read_image(paths[image_id])
-        pictures = cut(image, through_plane_axis(image, settings.axis_index), settings.window)
-        panel = Panel("", pictures[len(pictures) // 2])
-        return Thumbnail(image_id, reason, data_address(panel, THUMBNAIL))
-
-    likeness = dict(zip(atlas.ids, atlas.likeness, strict=True))
-    page = render(
-        "atlas.html",
-        atlas=atlas,
-        chart=chart(atlas),
-        studies=studies,
-        strategy=strategy,
-        networks=networks,
-        date=time.strftime("%Y-%m-%d"),
-        order=[thumbnail(p.image_id, p.reason) for p in atlas.order],
-        far=[thumbnail(i, f"likeness {likeness[i]:.2f}") for i in atlas.far],
-    )
-    _write(folder / "pool.html", page)
+    write(path, page)
 
 
 def render(template: str, **content: object) -> str:
@@ -303,11 +241,12 @@ def _richest(replay: Replay, image_id: str) -> tuple[FloatArray, IntArray, int]:
     return pictures[index], maps[index], index
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it: null for what is no number."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value
@@ -317,7 +256,8 @@ def _cell(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6f}"
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Beside its place first, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
     beside.write_text(text, encoding="utf-8")

@@ -102,6 +102,7 @@ def scatter(groups: Sequence[Points], *, title: str) -> str:
                 axis.annotate(text, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
+        axis.spines[:].set_visible(False)
         axis.set_aspect("equal", adjustable="datalim")
         axis.set_title(title, loc="left", fontsize=11)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

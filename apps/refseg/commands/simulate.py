@@ -210,9 +210,8 @@ def _survey(
 ) -> None:
     from lib.campaign.atlas import survey
     from lib.campaign.plan import check_strategies
-    from lib.campaign.report import write_atlas
+    from lib.campaign.pool_page import write_atlas
     from lib.datastore import image_paths
-    from lib.retrieval.ranking import PoolView
 
     check_strategies([strategy])
     runtime = _runtime(settings, studies)
@@ -222,13 +221,13 @@ def _survey(
         msg = f"{studies} holds no images."
         raise RequestError(msg)
     labelled = {one.image_id for one in _labelled_in(store, studies, labels, none=True)}
-    vectors: dict[str, Any] = {}
+    embedded: set[str] = set()
     with _progress("embedding", len(paths)) as advance:
         for image_id, path in paths.items():
-            vectors |= runtime.pool.embeddings({image_id: path}, seconds=1e9)
+            embedded |= runtime.pool.advance({image_id: path}, seconds=0)  # one at least
             advance(1)
     count = max(budgets) if budgets else SHOWN
-    atlas = survey(PoolView.of(vectors), labelled, strategy, min(count, len(paths)))
+    atlas = survey(runtime.pool.view(embedded), labelled, strategy, min(count, len(paths)))
     write_atlas(
         folder,
         atlas,
