@@ -16,6 +16,7 @@ Array = npt.NDArray[np.float64]
 
 BASELINE = "random"
 DRAWS = 2000
+BAD = 0.5  # a Dice below calls for a new mask rather than a correction
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Level:
         finished: Dice of all targets with the labelled ones counted as 1: the data set as it
             would be handed over, had nobody corrected anything.
         calibration: Spearman's correlation of confidence and Dice over cases.
+        bad_first: of the cases below a Dice of .5, the share among the fifth with the lowest
+            confidence: what a person finds who looks at that fifth only.
         scored: cases that were scored, mean over seeds.
     """
 
@@ -60,6 +63,7 @@ class Level:
     false_alarms: Spread
     finished: Spread
     calibration: Spread
+    bad_first: Spread
     scored: float
 
 
@@ -239,8 +243,17 @@ def _level(plan: Plan, lines: Sequence[Outcome], budget: int) -> Level:
             ]
         ),
         calibration=Spread.of([_rank(cases) for cases in there]),
+        bad_first=Spread.of([_bad_first(cases) for cases in there]),
         scored=float(np.mean([len(cases) for cases in there])),
     )
+
+
+def _bad_first(cases: Sequence[CaseScore]) -> float:
+    """Share of the bad masks in the fifth of least confidence; NaN where no mask is bad."""
+    ordered = sorted(cases, key=lambda case: (case.confidence, case.image_id))
+    bad = [case.dice < BAD for case in ordered]
+    first = bad[: int(np.ceil(len(bad) / 5))]
+    return sum(first) / sum(bad) if any(bad) else float("nan")
 
 
 def _rank(cases: Sequence[CaseScore]) -> float:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lib.campaign.forecast import fit, forecast
-from lib.campaign.summary import Spread, area, curve, gain_over_images
+from lib.campaign.scoring import CaseScore, LabelScore
+from lib.campaign.summary import Spread, _bad_first, _rank, area, curve, gain_over_images
 
 BUDGETS = (1, 2, 5, 10, 20, 50)
 
@@ -89,6 +90,20 @@ def test_a_strategy_that_is_better_on_every_image_gains_and_its_interval_is_abov
     assert (gain.low, gain.high) == pytest.approx((0.05, 0.05))
     noise = gain_over_images((1, 2, 4), baseline[::-1], baseline)
     assert noise.low < 0 < noise.high
+
+
+def test_bad_masks_among_the_least_confident_are_counted() -> None:
+    def case(number: int, confidence: float, dice: float) -> CaseScore:
+        nan = float("nan")
+        return CaseScore(str(number), {"a": LabelScore(dice, nan, nan, None, confidence)})
+
+    dices = [0.1, 0.9, 0.3, 0.9, 0.8, 0.7, 0.2, 0.9, 0.9, 0.4]
+    cases = [case(n, n / 10, dice) for n, dice in enumerate(dices)]
+    assert _bad_first(cases) == pytest.approx(1 / 4)  # of four bad ones, one is among 0 and 1
+    assert np.isnan(_bad_first([case(0, 0.1, 0.9)]))
+    rising = [case(n, n / 10, n / 10) for n in range(10)]
+    assert _rank(rising) == pytest.approx(1)
+    assert _rank([case(n, n / 10, 1 - n / 10) for n in range(10)]) == pytest.approx(-1)
 
 
 def test_a_spread_leaves_out_what_is_no_number() -> None:
