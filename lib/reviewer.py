@@ -133,7 +133,7 @@ class Reviewer:
         todo = todo[: len(todo) if images is None else images]
         for number, (one, mark) in enumerate(todo):
             try:
-                samples = self._leave_out(one, by_id)
+                samples = self.leave_out(one, by_id)
             except (RefSegError, OSError) as error:
                 logger.warning("label of %s teaches no confidence: %s", one.image_id, error)
                 samples = []
@@ -142,7 +142,13 @@ class Reviewer:
                 on_image(number + 1, len(todo))
         return self.calibration()
 
-    def _leave_out(self, one: LabelledImage, by_id: Mapping[str, LabelledImage]) -> list[Sample]:
+    def leave_out(self, one: LabelledImage, by_id: Mapping[str, LabelledImage]) -> list[Sample]:
+        """Segment a labelled image by all others, and compare.
+
+        Args:
+            one: the image; it need not be in the bank.
+            by_id: all labelled images.
+        """
         chosen = self._runtime.settings
         image = read_image(one.image_path)
         annotation = read_annotation(one, image, rule=chosen.annotation, axis=chosen.axis_index)
@@ -250,7 +256,7 @@ class Reviewer:
 
         Args:
             list_labels: the labelled images as they are then.
-            open_images: images without labels, those to look at first in front.
+            open_images: images without labels; those looked at longest ago come first.
             images: how many at most, of either kind.
         """
         with self._open_lock:
@@ -272,6 +278,8 @@ class Reviewer:
     ) -> None:
         try:
             labelled, _ = self._runtime.sync(list_labels)
+            if not labelled:
+                return
             for _ in range(images):
                 self._runtime.pool.wait_until_idle()
                 self.calibrate(labelled, images=1)
@@ -279,8 +287,10 @@ class Reviewer:
             store, _ = self._parts
             generation = self._runtime.bank.version.generation
             seen = store.estimates()
-            stale = [i for i in open_images if i not in seen or seen[i].generation != generation]
-            for image_id in stale[:images]:
+            order = np.random.default_rng(_ORDER_SEED).permutation(sorted(open_images)).tolist()
+            ages = {i: seen[i].generation if i in seen else -1 for i in order}
+            stale = [i for i in order if ages[i] != generation]
+            for image_id in sorted(stale, key=lambda i: ages[i])[:images]:
                 self._runtime.pool.wait_until_idle()
                 self.review(image_id, open_images[image_id], labelled, calibration)
             self._risk = self.read_risk(open_images)

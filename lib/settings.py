@@ -69,6 +69,12 @@ class RefSegSettings(BaseSettings):
     lease: int = Field(
         600, ge=0, description="seconds for which an image given to one client is kept from others"
     )
+    examine: int = Field(
+        4,
+        ge=0,
+        le=1000,
+        description="images whose masks are judged in the background after each next image",
+    )
     history: int = Field(
         20, ge=1, le=1000, description="versions of each label that are kept when it is overwritten"
     )

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # no server, so none of MONAI Label's imports
     sys.exit(main())
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from monailabel.interfaces.app import MONAILabelApp
@@ -30,6 +31,7 @@ from lib.datastore import StudiesDatastore, label_names, labelled_images
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
 from lib.infers.refseg import RefSeg
+from lib.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.settings import from_conf
 from lib.site.serving import SiteModel
@@ -71,7 +73,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         """A folder with more kinds of files than the platform's default, or a remote store."""
         if self.studies.startswith(("http://", "https://")):
             return super().init_datastore()
-        return StudiesDatastore(self.studies, copies=self._runtime.folder / "copies")
+        copies = self._runtime.folder / "copies"
+        return StudiesDatastore(self.studies, copies=copies, keep=self._settings.history)
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task, whatever the networks, and one for the site's own model."""
@@ -87,7 +90,15 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
         desk = Desk(self._runtime)
         names = ("refseg", "coverage", "uncertainty", "random", "first", *PEERS)
-        served: dict[str, Strategy] = {name: RankedStrategy(name, desk) for name in names}
+        reviewer, images = Reviewer(self._runtime), self._settings.examine
+
+        def judge(left: Mapping[str, Path]) -> Mapping[str, float]:
+            reviewer.work_soon(self._labelled, left, images=images)
+            return reviewer.risk()
+
+        served: dict[str, Strategy] = {
+            name: RankedStrategy(name, desk, judge=judge if images else None) for name in names
+        }
         if self._settings.ohif:
             served["random"] = served["refseg"]
         return {**served, "monailabel_random": Random()}

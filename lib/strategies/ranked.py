@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -18,9 +19,12 @@ from lib.strategies.proposer import Proposals, Proposer, Rest
 
 logger = logging.getLogger(__name__)
 
+Judge = Callable[[Mapping[str, Path]], Mapping[str, float]]
+
 SECONDS_A_CALL = 4.0  # of embedding within a request, which blocks the server's other clients
 MOST_IMAGES = 1000  # of one answer
 MOST_LEASE_S = 7 * 24 * 3600
+AT_RISK = ("refseg", "uncertainty")  # look at what is known of the masks
 PEERS = ("typiclust", "probcover", "kcenter")  # to compare with
 DESCRIPTIONS = {
     "refseg": "The image that stands for most that is not labelled yet, later for most at risk",
@@ -108,16 +112,15 @@ class RankedStrategy(Strategy):
     Args:
         name: of the ranking.
         desk: shared by the process's strategies.
-        risk: 1 - expected Dice of images where it is known; asked at each request.
+        judge: told the images without a label, it tells 1 - expected Dice of those where it is
+            known; at once, since it is asked at each request.
     """
 
-    def __init__(
-        self, name: str, desk: Desk, *, risk: Callable[[], Mapping[str, float]] | None = None
-    ) -> None:
+    def __init__(self, name: str, desk: Desk, *, judge: Judge | None = None) -> None:
         super().__init__(DESCRIPTIONS[name])
         self._name = name
         self._desk = desk
-        self._risk = risk
+        self._judge = judge if name in AT_RISK else None
 
     def info(self) -> dict[str, Any]:
         """With the options, which 3D Slicer shows and sends along."""
@@ -182,7 +185,7 @@ class RankedStrategy(Strategy):
             exclude=board.paths.keys() - free,
             n=n,
             labels=wanted.labels,
-            risk=self._risk() if self._risk is not None else None,
+            risk=self._risk(board),
             seconds=SECONDS_A_CALL,
         )
         if found.rows:
@@ -190,6 +193,12 @@ class RankedStrategy(Strategy):
         # none of the free images could be read yet: still let a person look at one
         row = Proposal(min(free), 0.0, "it is not compared with the others yet", ())
         return Proposals((row,), found.embedded, found.images)
+
+    def _risk(self, board: Board) -> Mapping[str, float] | None:
+        if self._judge is None:
+            return None
+        left = board.paths.keys() - board.labelled - board.flagged
+        return self._judge({name: board.paths[name] for name in board.paths if name in left})
 
     def _annotated(self, wanted: NextRequest) -> Mapping[str, frozenset[str]]:
         return self._desk.runtime.annotated() if wanted.labels else {}
