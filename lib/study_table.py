@@ -145,6 +145,8 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
                 super()._reconcile_datastore()
             except OSError as error:
                 self._complain(error)
+                self._seen = None  # memory may be half changed: the table is as it was
+                self._read_table()
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:

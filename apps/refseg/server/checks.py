@@ -134,6 +134,11 @@ def _check_infer(given: Mapping[str, Any]) -> None:
     if not any(given.get(key) for key in ("image", "file", "session_id")):
         msg = "Which image? Give image=ID, upload a file, or name a session."
         raise RequestError(msg)
+    params = given.get("params")
+    named = json.loads(params or "{}").get("image") if isinstance(params, str) else None
+    if named and named != given.get("image"):
+        msg = f"params name another image than the request: {named!r}; leave it out there."
+        raise RequestError(msg)
 
 
 def _check_ending(file: UploadFile, endings: list[str]) -> None:

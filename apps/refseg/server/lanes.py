@@ -165,9 +165,9 @@ class Lane:
                     _throw_away(work.result())
                 raise ClientGoneError
             return work.result()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:  # the grace period of a stop is over
             stop.set()
-            raise
+            raise LaneClosedError from error
 
     def _leave(self) -> None:
         self.running -= 1

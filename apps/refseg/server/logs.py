@@ -14,7 +14,7 @@ from apps.refseg.server.answers import request_id
 SHORTEST = 3  # characters of a name to be looked for: shorter ones would be found in any word
 QUIET = ("monailabel", "watchdog")  # their INFO lines quote whole requests
 FILE = re.compile(
-    r"[^\s'\"/\\:=(]+\.(?:nii\.gz|nii|nrrd|mha|mhd|dcm|png|jpe?g|tiff?|bmp|svs|xml)\b", re.I
+    r"[^'\"/\\:=(\n]+\.(?:nii\.gz|nii|nrrd|mha|mhd|dcm|png|jpe?g|tiff?|bmp|svs|xml)\b", re.I
 )
 LARGEST_FILE = 10 << 20
 KEPT_FILES = 10

@@ -11,13 +11,15 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.utils import background_processes, stop_background_task
 from starlette.background import BackgroundTasks
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -171,7 +173,7 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
             if isinstance(given.get("request"), Request):
                 await request.body()  # kept by the request, so that the function need not wait
             return await lane.run(
-                functools.partial(_answer, endpoint, given),
+                functools.partial(_answer, endpoint, given, infer=route.path.startswith("/infer")),
                 client=client_of(given, client),
                 gone=_until_gone(request),
             )
@@ -187,10 +189,23 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
     return call
 
 
-def _answer(endpoint: Callable[..., Coroutine[Any, Any, Any]], given: Mapping[str, Any]) -> Any:
+def _answer(
+    endpoint: Callable[..., Coroutine[Any, Any, Any]], given: Mapping[str, Any], *, infer: bool
+) -> Any:
     """Call a function of the platform, in a thread, and make its answer there, too."""
+    image = given.get("image")
+    if infer and isinstance(image, str) and image and Path(image).exists():
+        given = {**given, "image": _file_of(image)}
     result = _run_to_end(endpoint(**given))
     return result if isinstance(result, Response) else JSONResponse(jsonable_encoder(result))
+
+
+def _file_of(image_id: str) -> str:
+    """The platform takes an id for a file of that name in the server's own working folder."""
+    datastore = app_instance().datastore()
+    if image_id not in datastore.list_images():
+        raise HTTPException(404, "The image is not in the datastore. Look at GET /datastore/.")
+    return str(datastore.get_image_uri(image_id))
 
 
 def _run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -43,7 +43,7 @@ def serve(options: ServeOptions, app_folder: Path) -> None:
     lanes = Lanes.of(options)
     studies = options.studies if "://" in options.studies else str(Path(options.studies).resolve())
     folders = [studies, os.path.realpath(studies)] if "://" not in studies else []
-    pseudonyms = Pseudonyms(_image_names, folders)
+    pseudonyms = Pseudonyms(lambda: _image_names(folders), folders)
     server: _Server
     config = uvicorn.Config(
         application(options, lanes, studies=studies, stopping=lambda: server.should_exit),
@@ -139,10 +139,13 @@ def _set_up_platform(options: ServeOptions, app_folder: Path) -> None:
     sys.path.append(str(app_folder))
 
 
-def _image_names() -> Iterable[str]:
+def _image_names(folders: Iterable[str]) -> Iterable[str]:
     """Ids of the images as they are known now, without a lock: a log line must not wait."""
     from monailabel.interfaces.utils.app import apps
 
+    if not apps:  # it is being started: the files' names must do
+        for name in {path.name for folder in folders for path in Path(folder).iterdir()}:
+            yield from (name, name.partition(".")[0])
     for app in list(apps.values()):
         names_now = getattr(app.datastore(), "names_now", None)
         if names_now is not None:
