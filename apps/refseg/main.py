@@ -88,7 +88,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
 
     def init_strategies(self) -> dict[str, Strategy]:
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
-        desk = Desk(self._runtime)
+        self._desk = desk = Desk(self._runtime)
         names = ("refseg", "coverage", "uncertainty", "random", "first", *PEERS)
         reviewer, images = Reviewer(self._runtime), self._settings.examine
 
@@ -124,6 +124,10 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
                 names += label_names(info).values()
         except Exception:
             logger.exception("the names of the label of %s cannot be told yet", image_id)
+        try:
+            self._desk.leases.release([image_id])
+        except Exception:
+            logger.exception("the lease of %s ends later by itself", image_id)
         self._runtime.sync_soon(self._labelled)
         self._site.sync_soon()
         self._task.announce(image_id, names)
