@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 from fastapi import HTTPException
+from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
@@ -105,7 +106,10 @@ def run_request(
     options = parse_options(request)
     labelled = labelled_images(datastore, settings.tags)
     names = {one.image_id for one in labelled}
-    others = [path for key, path in image_paths(datastore).items() if key not in names]
+    # of a remote store every image would have to be fetched first
+    near = options.unlabelled and isinstance(datastore, LocalDatastore)
+    paths = image_paths(datastore) if near else {}
+    others = [path for key, path in paths.items() if key not in names]
     report = train_model(site, settings, labelled, options, unlabelled=others)
     return {
         "message": report.message,

@@ -50,7 +50,7 @@ class EpisodeMaker:
             turns = int(self.rng.integers(1, 4))
             images, labels = images.rot90(turns, (-2, -1)), labels.rot90(turns, (-2, -1))
         grid = self._grid(n, 1 - task.rigid)
-        if self.rng.random() < 0.4:
+        if self.rng.random() < 0.25:
             grid = self._closer(grid, labels)
         images = warp(images, grid, mode="bilinear")
         labels = warp(labels[:, None].float(), grid, mode="nearest")[:, 0].long()
@@ -101,7 +101,7 @@ class EpisodeMaker:
         return grid + bend
 
     def _closer(self, grid: Tensor, labels: Tensor) -> Tensor:
-        """Move the sampling grid (N, S, S, 2) to where the labels are, as the second pass does.
+        """Move the sampling grid (N, S, S, 2) to where the labels are: another field of view.
 
         One margin for the task, a little jitter for each image; an image without labels is cut
         where another one has them.

@@ -3,6 +3,8 @@
 import copy
 import csv
 import logging
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.models.matchseg import load_weights, save_weights
-from lib.models.network import Encoded, MatchSegNet, NetworkConfig, Remembered
+from lib.models.matchseg import load_weights, pooled, save_weights
+from lib.models.network import Encoded, MatchSegNet, NetworkConfig, Output, Remembered
 from lib.trainers.pretraining.episodes import Episode, EpisodeMaker
 from lib.trainers.pretraining.losses import episode_loss
 from lib.trainers.pretraining.pack import Pack
 from lib.trainers.pretraining.tasks import TaskSource
+from lib.trainers.pretraining.validation import HeldOut, log_scores, write_page
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class TrainingPlan:
         regions: share of region tasks on real pictures.
         seed: of tasks and augmentation.
         device: "cpu", "cuda", ...
+        average: share that the averaged weights keep at each step.
+        validate_minutes: how often the held-out pictures are segmented; 0: never.
     """
 
     minutes: float
@@ -54,6 +59,7 @@ class TrainingPlan:
     seed: int = 0
     device: str = "cpu"
     average: float = 0.998
+    validate_minutes: float = 10.0
 
 
 def train(
@@ -65,11 +71,12 @@ def train(
     start: Path | None,
     on_progress: Callable[[int, float, float], None] | None = None,
 ) -> Path:
-    """Train until the budget is spent; resumes from `folder/checkpoint.pt` if it is there.
+    """Train until the budget is spent or a signal asks to stop; resumes from `checkpoint.pt`.
 
     Args:
         pack: of `pack`.
-        folder: checkpoint, `log.csv` and `averaged.safetensors` go there.
+        folder: checkpoint, `log.csv`, `validation.csv`, `progress.html` and `averaged.safetensors`
+            go there.
         plan: see `TrainingPlan`.
         encoder: ImageNet MobileNetV2 features to begin with (new runs only), or None.
         start: weights of an earlier run to begin with, without optimizer state (new runs only).
@@ -113,7 +120,9 @@ def train(
     began, saved = time.monotonic(), time.monotonic()
     families: defaultdict[str, list[float]] = defaultdict(list)
     first_step = step
-    while time.monotonic() - began < plan.minutes * 60:
+    held_out, validated = HeldOut(pack, size=plan.size), time.monotonic()
+    stop = _stop_on_signal()
+    while time.monotonic() - began < plan.minutes * 60 and not stop.is_set():
         done = min(1.0, (spent + time.monotonic() - began) / (plan.total_minutes * 60))
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 100)
@@ -163,12 +172,23 @@ def train(
             saved = time.monotonic()
             _save(checkpoint, net, averaged, optimizer, step, spent + saved - began)
             save_weights(averaged, folder / "averaged.safetensors")
+        if 0 < plan.validate_minutes * 60 < time.monotonic() - validated:
+            _validate(folder, held_out, averaged, step, device)
+            validated = time.monotonic()
     _save(checkpoint, net, averaged, optimizer, step, spent + time.monotonic() - began)
     save_weights(averaged, folder / "averaged.safetensors")
+    if plan.validate_minutes:
+        _validate(folder, held_out, averaged, step, device)
     return folder / "averaged.safetensors"
 
 
 def forward(net: MatchSegNet, episode: Episode, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Loss and achieved soft Dice of an episode."""
+    output = segment_episode(net, episode, device)
+    return episode_loss(output, episode.masks[: len(episode.supports)].to(device))
+
+
+def segment_episode(net: MatchSegNet, episode: Episode, device: torch.device) -> Output:
     """Encode N images once; the first Q are queries, each with its own supports."""
     images = episode.images.to(device, memory_format=torch.channels_last)
     masks = episode.masks.to(device)
@@ -186,8 +206,30 @@ def forward(net: MatchSegNet, episode: Episode, device: torch.device) -> tuple[T
         sums4=remembered.sums4[pick],
         sums2=remembered.sums2[pick],
     )
-    output = net.segment(query, memory, episode.known.to(device))
-    return episode_loss(output, masks[:n])
+    with torch.no_grad():
+        vectors = pooled(encoded.descriptor, images)
+        similarity = torch.einsum("qe,qre->qr", vectors[:n].float(), vectors[pick].float())
+    return net.segment(query, memory, episode.known.to(device), similarity)
+
+
+def _validate(
+    folder: Path, held_out: HeldOut, averaged: MatchSegNet, step: int, device: torch.device
+) -> None:
+    scores = held_out.scores(averaged, device)
+    log_scores(folder / "validation.csv", step, scores)
+    page = write_page(folder)
+    if scores:
+        mean = sum(score.dice for score in scores) / len(scores)
+        logger.info("step %d, Dice %.3f on held-out pictures; %s", step, mean, page.name)
+
+
+def _stop_on_signal() -> threading.Event:
+    """Set by the first interrupt or termination, so that the step at hand is finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: stop.set())
+    return stop
 
 
 def load_imagenet(net: MatchSegNet, path: Path) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.annotation import read_annotation
-from lib.errors import RefSegError, TrainingError
+from lib.errors import LabelError, RefSegError, TrainingError
 from lib.imaging.io import read_image
 from lib.imaging.slices import cut, cut_labels, through_plane_axis
 from lib.types import FloatArray, LabelledImage
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SIDE = 320  # of a packed slice: more than the working size, so that zooming in pays
 MOST_SLICES = 48  # of one image, evenly spread: neighbours hardly differ
+MOST_LABELS = 255  # of one image: maps are 8-bit
 UNLABELLED_SLICES = 2  # of one unlabelled image
 THUMBNAIL = 24
 VERSION = 1  # raised when packed files would no longer fit
@@ -89,6 +90,8 @@ def pack_cases(labelled: Sequence[LabelledImage], folder: Path, rules: Rules) ->
     for one in labelled:
         try:
             case = _pack(one, folder, rules)
+        except TrainingError:
+            raise  # the next image would not fit on the disk either
         except RefSegError as error:
             logger.warning("%s is not trained on: %s", one.image_id, error)
             continue
@@ -136,6 +139,9 @@ def _pack(labelled: LabelledImage, folder: Path, rules: Rules) -> PackedCase | N
     if not annotation.slices or not annotation.labels:
         return None
     names = tuple(sorted(annotation.labels))
+    if len(names) > MOST_LABELS:
+        msg = f"{len(names)} labels are more than {MOST_LABELS}, which training can tell apart."
+        raise LabelError(msg)
     picks = _spread(annotation.slices, MOST_SLICES)
     if not (images.exists() and maps.exists()):
         pictures = cut(image, annotation.axis, rules.window)

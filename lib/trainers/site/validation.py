@@ -16,6 +16,7 @@ from lib.imaging.io import ImageVolume
 from lib.imaging.slices import cut_labels
 from lib.memory.bank import MemoryBank
 from lib.models.build import build_embedder
+from lib.models.matchseg import BundledEmbedder
 from lib.models.protocol import Embedder, ReferenceSegmenter
 from lib.segmentation import Options
 from lib.segmenter import ReferenceEngine
@@ -63,6 +64,7 @@ class Validator:
         self._measured = _choose(validation, MOST_MEASURED)
         self._settings = settings
         self._room = room
+        self._embedder: Embedder | None = None
 
     def measure(self, segmenter: ReferenceSegmenter) -> Validation:
         """Mean over cases of the mean over labels; a label's Dice is over a case's slices.
@@ -71,10 +73,7 @@ class Validator:
         shows none of it.
         """
         chosen = self._settings
-        with _quiet():
-            embedder = build_embedder(
-                chosen.embedder, segmenter, weights=chosen.weights, device=chosen.device
-            )
+        embedder = self._embedder_for(segmenter)
         engine = ReferenceEngine(segmenter, embedder, axis=AXIS, batch=chosen.batch)
         options = Options(k=chosen.k, cap_per_case=chosen.cap_per_case, own_labels=False)
         by_case: list[float] = []
@@ -101,6 +100,19 @@ class Validator:
             float(np.mean(by_case)) if by_case else 0.0,
             {name: float(np.mean(values)) for name, values in sorted(by_label.items())},
         )
+
+    def _embedder_for(self, segmenter: ReferenceSegmenter) -> Embedder:
+        """The one of the settings; loaded once, unless it is the network's own encoder."""
+        chosen = self._settings
+        if self._embedder is not None:
+            return self._embedder
+        with _quiet():
+            made = build_embedder(
+                chosen.embedder, segmenter, weights=chosen.weights, device=chosen.device
+            )
+        if not isinstance(made, BundledEmbedder):
+            self._embedder = made
+        return made
 
     def _bank(self, folder: Path, segmenter: ReferenceSegmenter, embedder: Embedder) -> MemoryBank:
         rows = {case.image_id: (case, rows) for case, rows in self._references}
