@@ -167,7 +167,10 @@ def main(
     ] = False,
     targets: Annotated[int, typer.Option(help="At most so many cases, drawn; 0: all.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Weights; default: the bundled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON to write; one of the same weights keeps its other sets."),
+    ] = None,
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -227,12 +230,20 @@ def main(
             "slices": slices,
             "empty": empty,
             "threads": threads,
-            "targets": targets,
-            "peak_gib": round(peak, 2),
             "date": time.strftime("%Y-%m-%d"),
+            "peak_gib": round(peak, 2),
             "rows": [asdict(r) for r in rows],
         }
-        out.write_text(json.dumps(report, indent=1))
+        settings = ("segmenter", "seed", "slices", "empty")
+        if out.exists():
+            earlier = json.loads(out.read_text())
+            if all(earlier[name] == report[name] for name in settings):
+                kept = [r for r in earlier["rows"] if r["set"] not in names]
+                report["rows"] = [*kept, *report["rows"]]
+                report["peak_gib"] = max(earlier["peak_gib"], report["peak_gib"])
+        beside = out.with_suffix(".part")
+        beside.write_text(json.dumps(report, indent=1))
+        beside.replace(out)
 
 
 def measure(engine, bank, chosen, cases, truths, k, founds, advance) -> Row:  # type: ignore[no-untyped-def]

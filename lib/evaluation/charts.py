@@ -46,8 +46,10 @@ class Points:
     texts: tuple[str, ...] = ()
 
 
-def curves(lines: Sequence[Line], *, x_label: str, y_label: str, title: str) -> str:
-    """Curves over a logarithmic axis whose ticks are the x of the first line."""
+def curves(
+    lines: Sequence[Line], *, x_label: str, y_label: str, title: str, logarithmic: bool = True
+) -> str:
+    """Curves; a logarithmic axis has its ticks at the x of the lines that are not dashed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -66,10 +68,11 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, title: str) -> 
                 label=line.name,
             )
             axis.fill_between(line.x, line.low, line.high, color=color, alpha=0.13, linewidth=0)
-        axis.set_xscale("log", base=2)
-        ticks = sorted({x for line in lines if not line.dashed for x in line.x})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
+        if logarithmic:
+            axis.set_xscale("log", base=2)
+            ticks = sorted({x for line in lines if not line.dashed for x in line.x})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.set_title(title, loc="left", fontsize=11)

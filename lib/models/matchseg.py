@@ -23,7 +23,7 @@ THUMBNAIL_WEIGHT = 0.7
 ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
-VERSION = 1  # raised when a stored memory would no longer fit although the weights are the same
+VERSION = 2  # raised when a stored memory would no longer fit although the weights are the same
 
 
 def standardize(images: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class MatchSegSegmenter:
             batch = torch.stack([self._fit(image) for image in images[part]])
             ready = standardize(batch).to(self._device, memory_format=torch.channels_last)
             encoded = self._net.encode(ready)
-            vectors = _embedding(encoded.descriptor, ready)
+            vectors = pooled(encoded.descriptor, ready).float().cpu().numpy()
             maps = (encoded.descriptor, encoded.tokens, encoded.fine4, encoded.fine2)
             return [
                 Features(tuple(m[i] for m in maps), vectors[i], self.fingerprint)
@@ -158,7 +158,9 @@ class MatchSegSegmenter:
             kept.sums4[0].flatten(1) * SUM_SCALE,
             kept.sums2[0].flatten(1) * SUM_SCALE,
         ]
-        return Memory(image=kept.descriptor[0].half().cpu(), labels=torch.cat(rows, 1).half().cpu())
+        assert features.embedding is not None
+        image = _with_embedding(kept.descriptor[0].cpu(), torch.from_numpy(features.embedding))
+        return Memory(image=image.half(), labels=torch.cat(rows, 1).half().cpu())
 
     @torch.inference_mode()
     def segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
@@ -178,14 +180,20 @@ class MatchSegSegmenter:
         mask8, flat, sums4, sums2 = rows.split(
             [cells, tokens * width, 2 * (FINE4 + 1), 2 * (FINE2 + 1)], dim=-1
         )
+        images = torch.stack([m.image for m in references]).float()  # (R, P + rows, 152)
+        assert query.embedding is not None
+        embedding = torch.from_numpy(query.embedding)
+        similarity = images[:, cells:].flatten(1)[:, : len(embedding)] @ embedding  # (R,)
         memory = Remembered(
-            descriptor=torch.stack([m.image for m in references]).to(self._device).float()[None],
+            descriptor=images[:, :cells].to(self._device)[None],
             mask8=mask8[None],
             tokens=flat.unflatten(-1, (tokens, width))[None],
             sums4=sums4.unflatten(-1, (2, FINE4 + 1))[None] / SUM_SCALE,
             sums2=sums2.unflatten(-1, (2, FINE2 + 1))[None] / SUM_SCALE,
         )
-        output = self._net.segment(_batch(query), memory, known.to(self._device)[None])
+        output = self._net.segment(
+            _batch(query), memory, known.to(self._device)[None], similarity.to(self._device)[None]
+        )
         return Prediction(
             scores=output.scores[0].cpu(),
             presence=output.presence[0].sigmoid().cpu(),
@@ -233,13 +241,19 @@ def _room_for(labels: int, references: int) -> Iterator[None]:
         raise RefSegError(msg) from error
 
 
-def _embedding(descriptor: Tensor, images: Tensor) -> FloatArray:
+def pooled(descriptor: Tensor, images: Tensor) -> Tensor:
     """Unit vectors (B, E): what is on the picture (mean descriptor), roughly where (thumbnail)."""
     content = F.normalize(descriptor.mean((2, 3)), dim=1)
     thumbnail = F.adaptive_avg_pool2d(images.mean(1), THUMBNAIL).flatten(1)
     thumbnail = F.normalize(thumbnail - thumbnail.mean(1, keepdim=True), dim=1, eps=1e-3)
-    vectors = F.normalize(torch.cat([content, THUMBNAIL_WEIGHT * thumbnail], 1), dim=1)
-    return vectors.float().cpu().numpy()
+    return F.normalize(torch.cat([content, THUMBNAIL_WEIGHT * thumbnail], 1), dim=1)
+
+
+def _with_embedding(descriptor: Tensor, embedding: Tensor) -> Tensor:
+    """Append an embedding (E,) to descriptors (P, C), as rows of C filled up with zeros."""
+    width = descriptor.shape[1]
+    padded = F.pad(embedding, (0, -len(embedding) % width))
+    return torch.cat([descriptor, padded.view(-1, width).to(descriptor.dtype)])
 
 
 def _batch(features: Features) -> Encoded:

@@ -132,7 +132,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Pre-norm multi-head attention with residual; keys may be masked."""
+    """Pre-norm multi-head attention with residual; keys may be weighted or masked."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -144,12 +144,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, C), context (B, M, C), mask (B, M) True where a key counts -> (B, N, C)."""
+        """x (B, N, C), context (B, M, C), mask (B, M) added to the keys' scores -> (B, N, C)."""
         q = self.q(self.norm_q(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.kv(self.norm_k(context)).unflatten(-1, (2, self.heads, -1))
         k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
-        keep = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        added = None if mask is None else mask[:, None, None, :].to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
         return x + self.out(attended.transpose(1, 2).flatten(-2))
 
 
@@ -267,6 +267,8 @@ class MatchSegNet(nn.Module):
         self.judge = nn.Sequential(
             nn.Linear(2 * c + 2 * width + 2, 64), nn.GELU(), nn.Linear(64, 2)
         )
+        # How much more a similar reference counts: in the vote, in the attention.
+        self.log_trust = nn.Parameter(torch.full((2,), 20.0).log())
 
     # ---- step 1 ------------------------------------------------------------------------------
     def encode(self, images: Tensor) -> Encoded:
@@ -309,11 +311,18 @@ class MatchSegNet(nn.Module):
         )
 
     # ---- step 3 ------------------------------------------------------------------------------
-    def vote(self, descriptor: Tensor, references: Tensor, values: Tensor, known: Tensor) -> Tensor:
+    def vote(
+        self,
+        descriptor: Tensor,
+        references: Tensor,
+        values: Tensor,
+        known: Tensor,
+        trust: Tensor,
+    ) -> Tensor:
         """The label-transfer prior, once for all labels.
 
-        P(p) = sum_s softmax_s(tau (<d_p, d_s> - w |x_p - x_s|^2)) onehot_s over all positions s of
-        all references; where a label is unknown to a reference, the label's vote is that of the
+        P(p) = sum_s softmax_s(tau (<d_p, d_s> - w |x_p - x_s|^2) + t_s) onehot_s over all positions
+        s of all references, t_s being the trust in the reference that s lies in; where a label is unknown to a reference, the label's vote is that of the
         others alone.
 
         Args:
@@ -321,6 +330,7 @@ class MatchSegNet(nn.Module):
             references: (B, R, P, 152).
             values: (B, R, L, P) share of each label.
             known: (B, R, L) bool.
+            trust: (B, R), up to a constant.
 
         Returns:
             (B, H, L + 1, side, side) probabilities, background last.
@@ -336,6 +346,7 @@ class MatchSegNet(nn.Module):
         x_q = place.expand(b, -1, -1)
         x_s = torch.cat([2 * place, -place.square().sum(1, keepdim=True)], 1)
         x_s = x_s.repeat(r, 1).expand(b, -1, -1)  # (B, R * P, 3)
+        bias = trust.float().repeat_interleave(len(place), 1)[:, None]  # (B, 1, R * P)
         one = torch.ones_like(x_q[..., :1])
         weight = known.float()[..., None]  # (B, R, L, 1)
         numerator = (values.float() * weight).permute(0, 1, 3, 2).flatten(1, 2)  # (B, R * P, L)
@@ -352,7 +363,8 @@ class MatchSegNet(nn.Module):
                 k = F.normalize(d_s @ rows.T, dim=-1)
             pull = self.place_weight[head].exp()
             q = self.log_tau[head].exp() * torch.cat([q, pull * x_q, pull * one], dim=-1)
-            scores = q @ torch.cat([k, x_s], dim=-1).transpose(1, 2)  # (B, P, R * P)
+            keys = torch.cat([k, x_s], dim=-1).transpose(1, 2)
+            scores = torch.baddbmm(bias, q, keys)  # (B, P, R * P)
             taken = torch.softmax(scores, dim=-1) @ content
             if not everything_known:
                 share, known_share = taken.chunk(2, dim=-1)
@@ -362,11 +374,23 @@ class MatchSegNet(nn.Module):
         rest = (1 - labels.sum(2, keepdim=True)).clamp(0, 1)
         return torch.cat([labels, rest], dim=2).unflatten(-1, (side, side))
 
-    def segment(self, query: Encoded, memory: Remembered, known: Tensor) -> Output:
-        """B queries, each with R memories: fields of `memory` have a leading B; known (B, R, L)."""
+    def segment(
+        self, query: Encoded, memory: Remembered, known: Tensor, similarity: Tensor
+    ) -> Output:
+        """Segment B queries, each by R memories.
+
+        Args:
+            query: of B images.
+            memory: fields have a leading B.
+            known: (B, R, L) bool.
+            similarity: (B, R) cosine of the whole pictures' embeddings. More references would
+                else drown the few that resemble the query.
+        """
         b, n_labels = known.shape[0], known.shape[2]
         s8 = query.descriptor.shape[-1]
-        votes = self.vote(query.descriptor, memory.descriptor, memory.mask8, known)
+        relative = (similarity - similarity.amax(1, keepdim=True)).float()
+        vote_trust, attention_trust = self.log_trust.exp()[:, None, None] * relative  # (B, R) each
+        votes = self.vote(query.descriptor, memory.descriptor, memory.mask8, known, vote_trust)
         # Which head to believe, by place: from what the heads say and what the query looks like.
         evidence = torch.cat([votes[:, :, :-1].amax(2), votes[:, :, -1], query.descriptor], dim=1)
         share = self.mix(evidence).float().softmax(1)  # (B, H, s8, s8)
@@ -384,13 +408,14 @@ class MatchSegNet(nn.Module):
         place = place_code(side, self.config.tokens, votes.device)
         tokens = (query.tokens + place).repeat_interleave(n_labels, 0) + self.vote_token(coarse)
         context = memory.tokens.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (B * L, R * T, C)
-        keep = None
+        bias = attention_trust[:, None].expand(-1, n_labels, -1).flatten(0, 1)  # (B * L, R)
         if not bool(known.all()):
-            keep = known.transpose(1, 2).flatten(0, 1).repeat_interleave(side * side, 1)
+            bias = bias.masked_fill(~known.transpose(1, 2).flatten(0, 1), -1e4)
+        bias = bias.repeat_interleave(side * side, 1)
         for attend_self, attend, mlp in zip(
             self.self_attention, self.cross_attention, self.mlp, strict=True
         ):
-            tokens = attend(attend_self(tokens, tokens), context.to(tokens.dtype), keep)
+            tokens = attend(attend_self(tokens, tokens), context.to(tokens.dtype), bias)
             tokens = tokens + mlp(tokens)
         deep = tokens.transpose(1, 2).unflatten(-1, (side, side))
 

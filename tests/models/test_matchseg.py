@@ -95,7 +95,9 @@ def test_vote_equals_the_formula_computed_position_by_position(segmenter) -> Non
         torch.nn.functional.one_hot(labels, n_labels + 1)[..., 1:].permute(0, 2, 1)[None].float()
     )
     with torch.no_grad():
-        votes = net.vote(query, refs, values, torch.ones(1, n_refs, n_labels, dtype=torch.bool))
+        trust = torch.tensor([[0.0, -1.5]])
+        known = torch.ones(1, n_refs, n_labels, dtype=torch.bool)
+        votes = net.vote(query, refs, values, known, trust)
         tau, weight = net.log_tau[0].exp(), net.place_weight[0].exp()
     places = grid(side, torch.device("cpu"))
     for p in range(side * side):
@@ -104,7 +106,7 @@ def test_vote_equals_the_formula_computed_position_by_position(segmenter) -> Non
             for s in range(side * side):
                 near = query[0, :, p // side, p % side] @ refs[0, r, s]
                 far = ((places[p] - places[s]) ** 2).sum()
-                vote = torch.exp(tau * (near - weight * far))
+                vote = torch.exp(tau * (near - weight * far) + trust[0, r])
                 share[(labels[r, s] - 1) % (n_labels + 1)] += vote
                 total += vote
         expected = share / total
@@ -120,9 +122,10 @@ def test_an_empty_mask_is_remembered_as_absence(segmenter, pictures) -> None:
     with torch.inference_mode():
         votes = segmenter._net.vote(
             features[0].maps[0][None],
-            empty.image.float()[None, None],
+            empty.image[:64].float()[None, None],
             torch.zeros(1, 1, 1, 64),
             torch.ones(1, 1, 1, dtype=torch.bool),
+            torch.zeros(1, 1),
         )
     assert float(votes[:, :, 0].max()) == 0.0
     assert answer.scores.shape == (1, 64, 64)
@@ -143,14 +146,41 @@ def test_gradient_reaches_every_parameter(pictures) -> None:
     memory = Remembered(
         m.descriptor[pick], m.mask8[pick], m.tokens[pick], m.sums4[pick], m.sums2[pick]
     )
-    loss, _ = episode_loss(
-        net.segment(encoded, memory, torch.ones(3, 2, 2, dtype=torch.bool)), masks
-    )
+    similarity = torch.tensor([[0.9, 0.8], [0.7, 0.9], [0.8, 0.5]])
+    known = torch.ones(3, 2, 2, dtype=torch.bool)
+    loss, _ = episode_loss(net.segment(encoded, memory, known, similarity), masks)
     loss.backward()
     without = [
         name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum()
     ]
     assert not without
+
+
+def test_a_reference_that_looks_like_the_query_is_trusted_more(segmenter, pictures) -> None:
+    """The same masks on like and unlike pictures: the like one's share of the vote grows."""
+    net, known = segmenter._net, torch.ones(1, 2, 1, dtype=torch.bool)
+    features = segmenter.encode(pictures[:2])
+    descriptors = torch.stack([f.maps[0].flatten(1).T for f in features])[None]
+    cells = descriptors.shape[2]
+    values = torch.stack([torch.ones(1, cells), torch.zeros(1, cells)])[None]
+    with torch.inference_mode():
+        query = features[0].maps[0][None]
+        shares = [
+            float(
+                net.vote(query, descriptors, values, known, torch.tensor([[0.0, t]]))[
+                    :, :, 0
+                ].mean()
+            )
+            for t in (3.0, 0.0, -3.0)
+        ]
+    assert shares[0] < shares[1] < shares[2]
+    memories = [
+        segmenter.remember(f, torch.ones(1, *p.shape[:2], dtype=torch.bool))
+        for f, p in zip(features, pictures, strict=False)
+    ]
+    width = len(features[0].embedding)
+    kept = memories[1].image[64:].flatten()[:width].float().numpy()
+    np.testing.assert_allclose(kept, features[1].embedding, atol=1e-3)
 
 
 def test_embedding_is_a_unit_vector_taken_from_the_features(segmenter, pictures) -> None:
@@ -171,7 +201,9 @@ class CrampedNet(MatchSegNet):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().encode(images)
 
-    def segment(self, query: Encoded, memory: Remembered, known: torch.Tensor) -> Output:
+    def segment(
+        self, query: Encoded, memory: Remembered, known: torch.Tensor, similarity: torch.Tensor
+    ) -> Output:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +135,32 @@ def test_a_stopped_run_goes_on_where_it_was(packed: Path, tmp_path: Path) -> Non
     assert again == list(range(1, len(again) + 1))
     second = load_weights(weights).state_dict()
     assert any(bool((second[k] != first[k]).any()) for k in first)
+
+
+def test_held_out_pictures_are_scored_and_drawn(packed: Path, tmp_path: Path) -> None:
+    plan = TrainingPlan(minutes=0.03, total_minutes=1, size=64, images=3, queries=2, episodes=1)
+    train(Pack(packed), tmp_path, plan, encoder=None, start=None)
+    with (tmp_path / "validation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["set"] for row in rows] == ["discs"]
+    assert 0 <= float(rows[0]["dice"]) <= 1
+    page = (tmp_path / "progress.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+
+
+def test_a_run_that_is_told_to_stop_saves_what_it_has(packed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lib.trainers.pretraining", "train", "--data", str(packed)]
+    command += ["--out", str(tmp_path), "--size", "64", "--images", "3", "--minutes", "5"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "log.csv"
+    deadline = time.monotonic() + 90
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert step == len(log.read_text().splitlines()) - 1
