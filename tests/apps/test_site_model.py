@@ -80,7 +80,7 @@ class Site:
         )
         path = tmp_path / "mask.png"
         path.write_bytes(file.content)
-        return np.asarray(Image.open(path)), told.json()["params"]
+        return np.asarray(Image.open(path)), told.json()
 
 
 @pytest.fixture(scope="module")
