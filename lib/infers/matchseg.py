@@ -21,12 +21,15 @@ class MatchSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
     Which model that is, is looked up at every request: a new one needs no restart.
     """
 
-    def __init__(self, site: SiteModel, refseg: RefSeg, list_labels: ListLabels) -> None:
+    def __init__(
+        self, site: SiteModel, refseg: RefSeg, runtime: Runtime, list_labels: ListLabels
+    ) -> None:
         """Nothing is loaded here.
 
         Args:
             site: the site's models.
             refseg: task of the same datastore, whose labels and options these are, too.
+            runtime: of that task; its work behind requests waits for these, too.
             list_labels: the datastore's final labels, as they are now.
         """
         super().__init__(
@@ -38,6 +41,7 @@ class MatchSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         )
         self._site = site
         self._refseg = refseg
+        self._main = runtime
         self._list_labels = list_labels
         self._task: tuple[Runtime, RefSeg] | None = None
 
@@ -69,7 +73,8 @@ class MatchSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         if task is None or task[0] is not serving.runtime:
             task = (serving.runtime, RefSeg(serving.runtime, self._list_labels))
             self._task = task
-        file, params = task[1](request)
+        with self._main.pool.busy():
+            file, params = task[1](request)
         params["model"] = {"version": serving.card.version, "dice": serving.card.dice}
         if serving.waiting is not None:
             params["warnings"] = [

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from lib.errors import TrainingError
 
 TIMEOUT = timedelta(minutes=30)  # the others wait while the first one measures
 
@@ -68,6 +70,9 @@ def run_on(devices: list[str], work: Callable[[Ranks, Any], None], argument: Any
     """Call `work(ranks, argument)` here, or in one new process for each of several devices.
 
     What it finds has to be written to files, since the processes share nothing.
+
+    Raises:
+        TrainingError: one of several processes failed; the others are ended.
     """
     if len(devices) == 1:
         work(Ranks(torch.device(devices[0])), argument)
@@ -75,7 +80,12 @@ def run_on(devices: list[str], work: Callable[[Ranks, Any], None], argument: Any
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(_enter, args=(devices, port, work, argument), nprocs=len(devices), join=True)
+    try:
+        spawn(_enter, args=(devices, port, work, argument), nprocs=len(devices), join=True)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        msg = f"The training on {len(devices)} devices ended: {reason}"
+        raise TrainingError(msg) from error
 
 
 def _enter(

@@ -334,7 +334,13 @@ def _log(path: Path, row: list[Any]) -> None:
 
 
 def _explained(error: RuntimeError) -> RuntimeError | TrainingError:
-    if not is_out_of_memory(error):
-        return error
-    msg = "The GPU has no room for the smallest episode; train with device=cpu or a smaller size."
-    return TrainingError(msg)
+    if is_out_of_memory(error):
+        msg = (
+            "The GPU has no room for the smallest episode; end what else uses it, choose a smaller "
+            "`size` in the request, or start the server with device=cpu."
+        )
+        return TrainingError(msg)
+    if "can't allocate memory" in str(error):
+        msg = f"This machine is out of memory; choose fewer `images` or a smaller `size` ({error})."
+        return TrainingError(msg)
+    return error

@@ -115,8 +115,9 @@ def train_model(
     """
     store = site.store
     room = store.folder / WORKROOM
-    learned = {image for card in store.versions() for image in card.training}
     with _alone(room):
+        in_use = site.card()
+        learned = in_use.training if in_use is not None else ()
         fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=learned)
         validator = Validator(fitted.training, fitted.validation, settings, room=room)
         device = str(choose_device(settings.device))
@@ -161,7 +162,7 @@ def fit(
         options: how to train.
         settings: how images are cut, and the device.
         unlabelled: images for region tasks.
-        learned: ids of images that must not be measured on.
+        learned: ids of images that the model to be beaten learned from: they are not measured on.
 
     Raises:
         TrainingError: see `train_model`.
