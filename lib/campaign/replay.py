@@ -171,6 +171,16 @@ class Replay:
         numbers = [0, *(self.names.index(name) + 1 for name in answer.labels)]
         return np.array(numbers, np.int32)[answer.label_map], answer
 
+    def seconds_a_slice(self, image_id: str) -> float:
+        """How long the network takes for a slice with as many references as there will be."""
+        case, segmenter = self.case(image_id), self.runtime.segmenter
+        one = thinned(case.image, inner_slices(len(case.slices), 1), case.axis)
+        spent, answered = segmenter.seconds, segmenter.answered
+        self.runtime.engine.segment(
+            one, self.runtime.library, labels=self.names, options=self.runtime.options
+        )
+        return (segmenter.seconds - spent) / max(1, segmenter.answered - answered)
+
     def case(self, image_id: str) -> Case:
         """An image with its truth; the last ones read are kept."""
         if image_id in self._cases:

@@ -14,12 +14,34 @@ from lib.retrieval.ranking import PoolView, Proposal, Ranking, make_ranking
 
 logger = logging.getLogger(__name__)
 
+DEPTHS_LOOKED_AT = 5
+
 Advance = Callable[[int], None]
 
 
 def steps(plan: Plan) -> int:
     """How many segmentations a campaign has at most: the length of its progress bar."""
     return len(plan.strategies) * plan.seeds * len(plan.budgets) * len(plan.targets)
+
+
+def seconds_at_most(plan: Plan, replay: Replay, journal: Journal) -> float:
+    """How long what is not measured yet will take, if no answer were remembered.
+
+    Depths are those of a few targets. A strategy that always chooses the same images, and
+    references that stay the nearest, make it shorter.
+    """
+    missing = sum(
+        len(plan.targets)
+        for strategy in plan.strategies
+        for seed in range(plan.seeds)
+        for budget in plan.budgets
+        if (strategy, seed, budget) not in journal.outcomes
+    )
+    if not missing:
+        return 0.0
+    some = plan.targets[:: max(1, len(plan.targets) // DEPTHS_LOOKED_AT)]
+    depth = float(np.mean([len(replay.case(image_id).slices) for image_id in some]))
+    return missing * depth * replay.seconds_a_slice(plan.targets[0])
 
 
 def play(plan: Plan, replay: Replay, pool: PoolView, journal: Journal, *, advance: Advance) -> None:

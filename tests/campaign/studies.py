@@ -1,5 +1,6 @@
 """Folders of small labelled pictures, and networks that need no training to be right."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Averager:
     def __init__(self) -> None:
         self.encoded: list[bytes] = []
         self.asked = 0
+        self.wait = 0.0  # seconds for each answer
 
     def encode(self, images: Sequence[FloatArray]) -> list[Features]:
         self.encoded += [image.tobytes() for image in images]
@@ -62,6 +64,7 @@ class Averager:
         self, query: Features, references: Sequence[Memory], known: torch.Tensor
     ) -> Prediction:
         self.asked += 1
+        time.sleep(self.wait)
         masks = torch.stack([memory.labels for memory in references]).float()  # (R, L, S, S)
         weights = known.float()[:, :, None, None]
         scores = (masks * weights).sum(0) / weights.sum(0) - 0.3

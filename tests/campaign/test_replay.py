@@ -13,7 +13,7 @@ from lib.campaign.journal import Journal
 from lib.campaign.plan import Plan, check_budgets, check_strategies, draw_targets, source_of
 from lib.campaign.remembering import RememberingSegmenter
 from lib.campaign.replay import Replay, inner_slices, thinned
-from lib.campaign.run import play, steps
+from lib.campaign.run import play, seconds_at_most, steps
 from lib.errors import RequestError
 from lib.imaging.geometry import Geometry
 from lib.imaging.io import ImageVolume, read_image, read_label_map
@@ -173,6 +173,16 @@ def test_the_same_labels_are_not_segmented_again_whoever_chose_them(folder: Fold
     assert second.asked == 0
     assert _figures(again.outcomes[place].cases) == _figures(one.cases)
     assert again.outcomes[place].seconds.slices == 0
+
+
+def test_the_time_it_takes_is_told_before(folder: Folder) -> None:
+    replay, plan, journal, averager, run = folder.start()
+    averager.wait = 0.02
+    told = seconds_at_most(plan, replay, journal)
+    assert told == pytest.approx(steps(plan) * 0.02, rel=0.5)
+    averager.wait = 0.0
+    run()
+    assert seconds_at_most(plan, replay, journal) == 0
 
 
 def test_another_protocol_does_not_take_the_lines_of_this_one(folder: Folder) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from typer.testing import CliRunner
 
+from apps.refseg.cli import app
 from lib.campaign.atlas import project, survey
 from lib.retrieval.ranking import PoolView
 
@@ -119,19 +122,11 @@ def test_the_page_needs_nothing_from_outside(played: Played) -> None:
     assert page.count("data:image/jpeg") >= 2 * 2 + 2 * 3 * 3  # picks, and three results each
 
 
-def test_a_second_simulation_in_the_same_folder_waits_its_turn(played: Played) -> None:
-    from filelock import FileLock
-
-    with FileLock(played.out / ".lock").acquire(timeout=0):
-        refused = subprocess.run(
-            command("--studies", str(played.out), "--out", str(played.out)),
-            env=ENVIRONMENT,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-            check=False,
-        )
-    assert refused.returncode == 1
+def test_a_second_simulation_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock").acquire(timeout=0):
+        words = ["simulate", "--studies", str(tmp_path), "--out", str(tmp_path)]
+        refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 1
     assert "at work" in refused.stderr
 
 

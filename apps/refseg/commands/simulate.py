@@ -119,7 +119,7 @@ def _campaign(
     from lib.campaign.plan import Plan, check_budgets, check_strategies, draw_targets, source_of
     from lib.campaign.replay import CampaignRuntime, Replay
     from lib.campaign.report import Facts, write_csv, write_html, write_json
-    from lib.campaign.run import play, steps
+    from lib.campaign.run import play, seconds_at_most, steps
     from lib.campaign.summary import summarize
 
     if risk not in ("measured", "estimated"):
@@ -153,6 +153,12 @@ def _campaign(
         ),
     )
     journal = Journal(folder / "campaign.jsonl", plan.protocol)
+    hours = seconds_at_most(plan, replay, journal) / 3600
+    if hours > 1:
+        err.print(
+            f"this takes {hours:.0f} hours at most; --limit-targets, --limit-slices or fewer "
+            "--seeds make it shorter, and it may be stopped and gone on with at any time"
+        )
     with _progress("campaigns", steps(plan)) as advance:
         play(plan, replay, pool, journal, advance=advance)
     mine = {
