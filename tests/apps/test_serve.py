@@ -151,7 +151,7 @@ def settled(value: Any) -> Any:
 def parts(response: requests.Response) -> tuple[int, str, Any]:
     """Status, kind and content; a multipart body part by part."""
     kind = response.headers.get("content-type", "").split(";")[0]
-    if kind == "application/json":
+    if kind == "application/json" and response.content:
         found = response.json()
         return (
             response.status_code,
@@ -319,6 +319,8 @@ def test_concurrent_submits_lose_no_label_and_no_info(ours: ServeProcess, folder
 
 
 PNG = ("x.png", b"not a picture")
+NRRD = b"NRRD0004\ntype: short\ndimension: 1\nsizes: 9\nencoding: raw\ndata file: /etc/passwd\n\n"
+MHD = b"NDims = 1\nDimSize = 9\nElementType = MET_SHORT\nElementDataFile = /etc/passwd\n"
 
 
 @pytest.mark.parametrize(
@@ -331,6 +333,9 @@ PNG = ("x.png", b"not a picture")
         ("PUT", "/datastore/label?image=picture&tag=", {"files": {"label": PNG}}),
         ("PUT", "/datastore/label?image=picture", {"files": {"label": ("x.exe", b"")}}),
         ("PUT", "/datastore/image?image=../x", {"files": {"file": PNG}}),
+        ("PUT", "/datastore/image?image=x", {"files": {"file": ("x.nrrd", NRRD)}}),
+        ("PUT", "/datastore/label?image=picture", {"files": {"label": ("x.mhd", MHD)}}),
+        ("PUT", "/session/", {"files": {"files": ("x.mhd", MHD)}}),
         ("PUT", "/datastore/image?image=x%00y", {"files": {"file": PNG}}),
         ("PUT", "/datastore/image?image=datastore_v2", {"files": {"file": ("x.json", b"{}")}}),
         ("DELETE", "/datastore/label?id=../x&tag=final", {}),
@@ -572,7 +577,7 @@ def test_a_stop_answers_what_runs_and_sends_the_others_away(
         assert sent_away.status_code == 503
         assert "stopped" in sent_away.json()["detail"]
         try:
-            assert first.result().status_code == 200
+            assert first.result().status_code in (200, 503)  # done, or ended with a sentence
         except requests.ConnectionError:  # it would have taken longer than the grace period
             assert time.monotonic() - start > 4
         ours.process.wait(30)

@@ -22,6 +22,9 @@ MAY_BE_EMPTY = frozenset({"session_id"})
 DEEPEST = 24
 LARGEST_JSON = 1 << 20  # characters; Slicer sends some hundred
 
+HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
+LONGEST_HEADER = 1 << 20
+
 Endings = Callable[[], list[str]]
 T = TypeVar("T")
 
@@ -45,10 +48,10 @@ def check_arguments(path: str, given: Mapping[str, Any], endings: Endings) -> No
         elif name in JSON_ARGUMENTS and isinstance(value, str | dict):
             check_params(name, value)
         elif isinstance(value, UploadFile):
-            check_file_name(value.filename or "")
+            _check_upload(value)
         elif isinstance(value, list) and name == "files":
             for file in value:
-                check_file_name(file.filename or "")
+                _check_upload(file)
     if path.startswith("/infer"):
         _check_infer(given)
     upload = given.get("file") or given.get("label")
@@ -139,6 +142,23 @@ def _check_infer(given: Mapping[str, Any]) -> None:
     if named and named != given.get("image"):
         msg = f"params name another image than the request: {named!r}; leave it out there."
         raise RequestError(msg)
+
+
+def _check_upload(file: UploadFile) -> None:
+    """One file by a plain name, whose header does not send its reader to another file."""
+    name = check_file_name(file.filename or "").lower()
+    if not name.endswith(HEADERS):
+        return
+    head: bytes = file.file.read(LONGEST_HEADER)
+    file.file.seek(0)
+    for line in head.replace(b"\r", b"\n").split(b"\n"):
+        key, _, value = line.replace(b"=", b":", 1).partition(b":")
+        word = key.strip().lower().replace(b" ", b"")
+        if word == b"datafile" or (word == b"elementdatafile" and value.strip() != b"LOCAL"):
+            msg = (
+                "The file's header names another file for the data; send both in one (.nrrd, .mha)."
+            )
+            raise RequestError(msg)
 
 
 def _check_ending(file: UploadFile, endings: list[str]) -> None:

@@ -1,0 +1,89 @@
+"""The server that the fuzzer talks to, with a few images that it may use up."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import requests
+
+from benchmarks.fuzz_files import picture, volume
+
+MAIN = Path(__file__).resolve().parents[1] / "apps" / "refseg" / "main.py"
+PATIENCE_S = 300
+
+
+class FuzzServer:
+    """Started when entered, and again after it has died."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._studies = folder / "studies"
+        self._log = folder / "server.log"
+        self.url = ""
+
+    def __enter__(self) -> "FuzzServer":
+        self._studies.mkdir(parents=True, exist_ok=True)
+        for number in range(2):
+            (self._studies / f"seed{number}.png").write_bytes(picture(number))
+            (self._studies / f"volume{number}.nii.gz").write_bytes(volume(number))
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def rss(self) -> int:
+        """Bytes of memory that the server holds."""
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
+
+    def log(self) -> str:
+        """What it said."""
+        return self._log.read_text(errors="replace")
+
+    def alive(self) -> bool:
+        """Whether it lives; if not, another one is started."""
+        if self._process.poll() is None:
+            return True
+        self._start()
+        return False
+
+    def _start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [sys.executable, str(MAIN), "serve", "--studies", str(self._studies)]
+        command += [
+            "--port",
+            port,
+            "--conf",
+            f"bank={self._folder / 'bank'}",
+            "--conf",
+            "device=cpu",
+        ]
+        command += ["--body-timeout", "5", "--max-upload-mb", "64"]
+        environment = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(self._folder / "sessions")}
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        self.url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                if requests.get(f"{self.url}/readyz", timeout=30).ok:
+                    return
+            except requests.RequestException:
+                time.sleep(0.3)
+        msg = f"the server did not come up: {self.log()[-2000:]}"
+        raise RuntimeError(msg)
