@@ -38,12 +38,13 @@ BINS = 5
 def as_row(sample: Sample, **more: Any) -> dict[str, Any]:
     """JSON without NaN."""
     signs = {**sample.evidence.signs(), "area": sample.evidence.area}
-    return {"label": sample.label, "dice": sample.dice, "signs": signs, **more}
+    facts = {"label": sample.label, "dice": sample.dice, "present": sample.present}
+    return {**facts, "signs": signs, **more}
 
 
 def as_sample(row: dict[str, Any]) -> Sample:
     """The other way round."""
-    return Sample(row["label"], Evidence(**row["signs"]), row["dice"])
+    return Sample(row["label"], Evidence(**row["signs"]), row["dice"], row.get("present", True))
 
 
 def measure(data: Path, name: str, labels: int, targets: int, seed: int) -> dict[str, Any]:

@@ -344,14 +344,14 @@ class Reviewer:
 
 
 def samples_of(found: Examination, annotation: Annotation) -> list[Sample]:
-    """What an examination of a labelled image teaches: labels that are there or were found."""
+    """What an examination of a labelled image teaches, for each label that it was looked for."""
     truth = cut_labels(annotation.label_map, annotation.axis)[list(found.slices)]
     samples = []
     for row, name in enumerate(found.labels):
         here = truth == annotation.values.get(name, -1)
         value = dice(found.masks == row + 1, here)
-        if not np.isnan(value):
-            samples.append(Sample(name, found.evidence[name], value))
+        right = 1.0 if np.isnan(value) else value  # empty, and rightly so
+        samples.append(Sample(name, found.evidence[name], right, bool(here.any())))
     return samples
 
 

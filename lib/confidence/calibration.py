@@ -35,11 +35,19 @@ _EDGE = 0.02  # Dice of 0 and 1 have no logit
 
 @dataclass(frozen=True)
 class Sample:
-    """One mask whose Dice is known."""
+    """One mask whose Dice is known.
+
+    Attributes:
+        label: of the mask.
+        evidence: that was found for it.
+        dice: with the truth; 1 where both are empty.
+        present: whether the truth shows the label.
+    """
 
     label: str
     evidence: Evidence
     dice: float
+    present: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,13 +80,23 @@ class Calibration:
     def confidence(self, label: str, evidence: Evidence) -> float:
         """Expected Dice of a mask, 0..1; of an empty one the probability that empty is right."""
         if not evidence.area:
-            presence = evidence.signs().get("presence", 0.0)
-            return round(1 - presence, 4)
+            return round(self._absence(label, evidence.signs().get("presence", 0.0)), 4)
         signs = evidence.signs()
         names = tuple(sorted(signs))
         if names not in self._fits:
             self._fits[names] = self._fit(names)
         return round(self._fits[names].expect(label, signs), 4)
+
+    def _absence(self, label: str, presence: float) -> float:
+        """Probability that a label is not there, where the network says so of its presence.
+
+        By Bayes' rule with how often the labelled images show it; the network's word is of a label
+        that is there as often as not.
+        """
+        seen = [sample.present for sample in self.samples if sample.label == label]
+        share = (sum(seen) + 1) / (len(seen) + 2)
+        here, gone = presence * share, (1 - presence) * (1 - share)
+        return gone / (here + gone) if here + gone else 1.0
 
     def _fit(self, names: tuple[str, ...]) -> _Fit:
         usable = [

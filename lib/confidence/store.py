@@ -61,7 +61,12 @@ class ConfidenceStore:
     def put_samples(self, image_id: str, mark: str, samples: Collection[Sample]) -> None:
         """Keep what an image taught, in place of what it taught before."""
         rows = [
-            {"label": sample.label, "dice": sample.dice, **_as_json(sample.evidence)}
+            {
+                "label": sample.label,
+                "dice": sample.dice,
+                "present": sample.present,
+                **_as_json(sample.evidence),
+            }
             for sample in samples
         ]
         self._write(
@@ -73,8 +78,8 @@ class ConfidenceStore:
         found = []
         for (text,) in self._all("SELECT rows FROM samples ORDER BY image_id"):
             for row in json.loads(text):
-                label, dice = row.pop("label"), row.pop("dice")
-                found.append(Sample(label, Evidence(**row), dice))
+                label, dice, present = row.pop("label"), row.pop("dice"), row.pop("present")
+                found.append(Sample(label, Evidence(**row), dice, present))
         return found
 
     def put_estimate(self, estimate: Estimate) -> None:

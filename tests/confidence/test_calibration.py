@@ -48,6 +48,13 @@ def test_without_samples_equal_signs_are_taken_at_their_word():
 def test_an_empty_mask_is_trusted_as_far_as_the_label_is_thought_absent():
     assert Calibration().confidence("liver", Evidence(presence=0.2)) == 0.8
     assert Calibration().confidence("liver", Evidence()) == 1.0
+    always = [Sample("liver", Evidence(presence=0.9), 0.0, present=True)] * 8
+    # 9 of 10 show it: odds of absence 4 to 1 become 4 to 9
+    found = Calibration(always).confidence("liver", Evidence(presence=0.2))
+    assert found == pytest.approx(4 / 13, abs=1e-3)
+    assert Calibration(always).confidence("tumor", Evidence(presence=0.2)) == 0.8
+    never = [Sample("liver", Evidence(presence=0.1), 1.0, present=False)] * 8
+    assert Calibration(never).confidence("liver", Evidence(presence=0.2)) > 0.95
 
 
 def measured(count: int, seed: int) -> list[Sample]:
@@ -112,7 +119,7 @@ def test_signs_are_means_over_the_area():
 
 
 def test_samples_and_estimates_come_back_as_they_were(tmp_path):
-    rows = [*measured(4, 0), Sample("none", Evidence(presence=0.5), 0.0)]
+    rows = [*measured(4, 0), Sample("none", Evidence(presence=0.5), 1.0, present=False)]
     store = ConfidenceStore(tmp_path, "net")
     store.put_samples("b", "mark b", rows[2:])
     store.put_samples("a", "mark a", [])
