@@ -146,6 +146,7 @@ def test_a_stopped_campaign_goes_on_and_ends_as_if_it_had_not_been_stopped(
     assert {p: (o.picked, _figures(o.cases)) for p, o in journal.outcomes.items()} == {
         p: (o.picked, _figures(o.cases)) for p, o in reference.outcomes.items()
     }
+    assert Journal(folder.journal_path, plan.protocol).outcomes.keys() == journal.outcomes.keys()
     assert folder.journal_path.read_bytes().count(b"\n") == len(journal.outcomes)
 
 
@@ -177,9 +178,9 @@ def test_the_same_labels_are_not_segmented_again_whoever_chose_them(folder: Fold
 
 def test_the_time_it_takes_is_told_before(folder: Folder) -> None:
     replay, plan, journal, averager, run = folder.start()
-    averager.wait = 0.02
+    averager.wait = 0.3
     told = seconds_at_most(plan, replay, journal)
-    assert told == pytest.approx(steps(plan) * 0.02, rel=0.5)
+    assert 0.3 <= told / steps(plan) < 3  # a busy machine sleeps longer
     averager.wait = 0.0
     run()
     assert seconds_at_most(plan, replay, journal) == 0
