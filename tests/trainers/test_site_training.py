@@ -1,6 +1,7 @@
 """Training of a site's own model: packed cases, split, episodes, the loop; on discs in noise."""
 
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,30 @@ def test_fewer_than_four_labelled_images_are_refused_with_a_sentence(
         fit(labelled[:3], tmp_path, TrainOptions(), RefSegSettings(device="cpu"))
 
 
+def test_labels_that_show_nothing_are_refused_with_a_sentence(tmp_path: Path) -> None:
+    rows = [write_case(tmp_path, seed) for seed in range(4)]
+    for row in rows:
+        Image.fromarray(np.zeros((72, 90), np.uint8)).save(row.label_path)
+    with pytest.raises(TrainingError, match="No label is drawn"):
+        fit(rows, tmp_path / "room", TrainOptions(), RefSegSettings(device="cpu"))
+
+
+def test_a_full_disk_is_said_before_anything_is_trained(
+    labelled: list[LabelledImage], tmp_path: Path
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(room)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with pytest.raises(TrainingError, match="Make room"):
+            fit(labelled, room, TrainOptions(), RefSegSettings(device="cpu"))
+        assert not list(room.rglob("*.part"))
+    finally:
+        subprocess.run(["umount", str(room)], check=True)
+
+
 # -- episodes -------------------------------------------------------------------------------------
 
 
@@ -301,6 +326,18 @@ def test_two_processes_take_the_same_step(tmp_path: Path) -> None:
     told = {path.read_text() for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == 2
     assert told == {"[[1.5, 1.5, 1.5]] True"}
+
+
+def fail(ranks: Ranks, message: str) -> None:
+    if ranks.rank == 1:
+        raise ValueError(message)
+    ranks.agreed(True)
+
+
+@pytest.mark.slow
+def test_when_one_process_fails_all_end_with_its_reason() -> None:
+    with pytest.raises(TrainingError, match="no room on the second one"):
+        run_on(["cpu", "cpu"], fail, "no room on the second one")
 
 
 # -- options --------------------------------------------------------------------------------------

@@ -182,6 +182,9 @@ def fit(
     chosen = split(cases, share=options.share, seed=options.plan.seed, learned=learned)
     training = tuple(cases[i] for i in chosen.training)
     validation = tuple(cases[i] for i in chosen.validation)
+    if not any(case.present.any() for case in training):
+        msg = "No label is drawn on any of the images to learn from; label what is to be found."
+        raise TrainingError(msg)
     extra = None
     if options.unlabelled and unlabelled and options.plan.regions > 0:
         picks = np.random.default_rng(options.plan.seed).permutation(len(unlabelled))
