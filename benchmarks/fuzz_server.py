@@ -19,8 +19,10 @@ PATIENCE_S = 300
 class FuzzServer:
     """Started when entered, and again after it has died."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._folder = folder.resolve()
+        self._options = options
+        folder = self._folder
         self._studies = folder / "studies"
         self._log = folder / "server.log"
         self.url = ""
@@ -34,16 +36,16 @@ class FuzzServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
+        self.process.terminate()
         try:
-            self._process.wait(60)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.process.kill()
 
     def rss(self) -> int:
         """Bytes of memory that the server holds."""
         try:
-            return int(psutil.Process(self._process.pid).memory_info().rss)
+            return int(psutil.Process(self.process.pid).memory_info().rss)
         except psutil.NoSuchProcess:
             return 0
 
@@ -53,7 +55,7 @@ class FuzzServer:
 
     def alive(self) -> bool:
         """Whether it lives; if not, another one is started."""
-        if self._process.poll() is None:
+        if self.process.poll() is None:
             return True
         self._start()
         return False
@@ -71,15 +73,15 @@ class FuzzServer:
             "--conf",
             "device=cpu",
         ]
-        command += ["--body-timeout", "5", "--max-upload-mb", "64"]
+        command += ["--body-timeout", "5", "--max-upload-mb", "64", *self._options]
         environment = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(self._folder / "sessions")}
         with self._log.open("ab") as output:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
         self.url = f"http://127.0.0.1:{port}"
         end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end and self._process.poll() is None:
+        while time.monotonic() < end and self.process.poll() is None:
             try:
                 if requests.get(f"{self.url}/readyz", timeout=30).ok:
                     return

@@ -1,0 +1,157 @@
+"""Kill the server at random moments while clients submit: is each acknowledged label still there?
+
+    python benchmarks/faults.py --kills 50 --out build/faults
+
+After each kill the server is started again. At the end each label on the disk must be one that was
+acknowledged last or was under way when the server died, the names stored with it must be that
+label's own, every older acknowledged version must be in the history, and the bank must hold what a
+bank made anew from the same folder holds. Exit code 1 otherwise.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import requests
+from PIL import Image
+
+from benchmarks.fuzz_server import MAIN, FuzzServer
+from lib.durable import digest_of
+
+IMAGES = [f"image {number}" for number in range(6)]
+SIZE = (24, 20)
+
+
+class Client(threading.Thread):
+    """Submits labels of its own images, one after the other, and remembers what was answered."""
+
+    def __init__(self, server: FuzzServer, folder: Path, images: list[str], seed: int) -> None:
+        super().__init__(daemon=True)
+        self.acknowledged: dict[str, list[str]] = {image: [] for image in images}
+        self.under_way: dict[str, set[str]] = {image: set() for image in images}
+        self.ended = False
+        self._server = server
+        self._folder = folder
+        self._rng = np.random.default_rng(seed)
+        self._number = seed * 1_000_000
+
+    def run(self) -> None:
+        """Submit until told to end."""
+        while not self.ended:
+            for image in self.acknowledged:
+                self._submit(image)
+
+    def _submit(self, image: str) -> None:
+        self._number += 1
+        file = self._folder / f"label {self._number}.png"
+        values = (self._rng.random(SIZE) < 0.4).astype(np.uint8)
+        Image.fromarray(values).save(file)
+        digest = digest_of(file)
+        params = {"label_info": [{"name": digest[:12], "idx": 1}]}
+        self.under_way[image].add(digest)
+        try:
+            with file.open("rb") as opened:
+                answer = requests.put(
+                    f"{self._server.url}/datastore/label",
+                    params={"image": image},
+                    data={"params": json.dumps(params)},
+                    files={"label": ("label.png", opened)},
+                    timeout=60,
+                )
+            if answer.ok:
+                self.acknowledged[image].append(digest)
+                self.under_way[image].clear()
+        except requests.RequestException:
+            time.sleep(0.2)  # it is dead, or being started
+
+
+def main() -> int:
+    """Run, and tell what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--longest", type=float, default=6.0, help="seconds between two kills")
+    parser.add_argument("--out", type=Path, default=Path("build/faults"))
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    studies = arguments.out / "server" / "studies"
+    studies.mkdir(parents=True)
+    rng = random.Random(arguments.seed)
+    for number, name in enumerate(IMAGES):
+        noise = np.random.default_rng(number).integers(0, 255, SIZE, np.uint8)
+        Image.fromarray(noise).save(studies / f"{name}.png")
+    conf = ("--conf", "history=1000")
+    with FuzzServer(arguments.out / "server", *conf) as server:
+        halves = (IMAGES[:3], IMAGES[3:])
+        clients = [Client(server, arguments.out, images, n) for n, images in enumerate(halves, 1)]
+        for client in clients:
+            client.start()
+        for _ in range(arguments.kills):
+            time.sleep(rng.uniform(0.2, arguments.longest))
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait()
+            server.alive()  # starts it again
+        for client in clients:
+            client.ended = True
+        for client in clients:
+            client.join()
+        query = {"image": "seed0", "output": "json"}
+        requests.post(f"{server.url}/infer/refseg", params=query, timeout=300).raise_for_status()
+    found = _lost(studies, clients) + _other_bank(arguments.out)
+    count = sum(len(done) for client in clients for done in client.acknowledged.values())
+    print(f"{arguments.kills} kills, {count} labels acknowledged, {len(found)} findings")
+    for line in found:
+        print(line)
+    return int(bool(found))
+
+
+def _lost(studies: Path, clients: list[Client]) -> list[str]:
+    """Acknowledged labels that are not where they should be."""
+    found = []
+    table = json.loads((studies / "datastore_v2.json").read_bytes())["objects"]
+    for client in clients:
+        for image, done in client.acknowledged.items():
+            file = studies / "labels/final" / f"{image}.png"
+            now = digest_of(file) if file.exists() else "nothing"
+            if done and now != done[-1] and now not in client.under_way[image]:
+                found.append(f"{image}: {now[:12]} is the label, {done[-1][:12]} was acknowledged")
+            info: Any = table[image]["labels"].get("final", {}).get("info", {})
+            names = [entry["name"] for entry in info.get("label_info", [])]
+            if done and names != [now[:12]]:
+                found.append(f"{image}: the label {now[:12]} has the names {names}")
+            kept = studies / "labels/.history/final" / image
+            older = {digest_of(path) for path in kept.glob("0*.png")} | {now}
+            found += [f"{image}: version {d[:12]} is gone" for d in done if d not in older]
+    return found
+
+
+def _other_bank(out: Path) -> list[str]:
+    """How the bank differs from one that is made anew."""
+    told = []
+    for bank in (out / "server" / "bank", out / "bank anew"):
+        command = [sys.executable, str(MAIN), "bank"]
+        options = ["--studies", str(out / "server/studies"), "--bank", str(bank)]
+        options += ["--conf", "device=cpu", "--json"]
+        if bank.name == "bank anew":
+            subprocess.run([*command, "rebuild", *options], check=True, capture_output=True)
+        done = subprocess.run([*command, "status", *options], check=True, capture_output=True)
+        status = json.loads(done.stdout)
+        told.append({key: status[key] for key in ("images", "slices", "labels", "failed")})
+    return [] if told[0] == told[1] else [f"the bank holds {told[0]}, made anew {told[1]}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
