@@ -88,13 +88,7 @@ def _one_campaign(
             journal.add(outcome)
         if plan.risk == "measured":
             # What the app knows at this point: how sure it was of each mask it has made.
-            ranking.set_risk(
-                {
-                    case.image_id: 1 - case.confidence
-                    for case in outcome.cases
-                    if not np.isnan(case.confidence)
-                }
-            )
+            ranking.set_risk({case.image_id: case.risk for case in outcome.cases})
 
 
 def _choose(ranking: Ranking, count: int) -> list[Proposal]:
