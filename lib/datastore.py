@@ -1,4 +1,4 @@
-"""MONAI Label's datastore as RefSeg sees it: final labels, images, and who was given what."""
+"""MONAI Label's datastore as RefSeg sees it: final labels and images."""
 
 import fnmatch
 import hashlib
@@ -7,7 +7,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -307,40 +307,6 @@ def find_by_path(labelled: Sequence[LabelledImage], path: str) -> LabelledImage 
     """The labelled image whose file this is, if any: a request names files, not ids."""
     wanted = Path(path).resolve()
     return next((row for row in labelled if row.image_path.resolve() == wanted), None)
-
-
-def leased_to_others(
-    datastore: Datastore, image_ids: Sequence[str], *, client_id: str, seconds: int
-) -> set[str]:
-    """Images that a strategy gave to another client less than `seconds` ago."""
-    given = _given(datastore, image_ids, seconds)
-    return {image_id for image_id, client, _ in given if client != client_id}
-
-
-def given_before(
-    datastore: Datastore, image_ids: Sequence[str], *, client_id: str, seconds: int
-) -> dict[str, float]:
-    """Images that a strategy gave to this client less than `seconds` ago, and when (Unix time)."""
-    times: dict[str, float] = {}
-    for image_id, client, at in _given(datastore, image_ids, seconds):
-        if client == client_id:
-            times[image_id] = max(at, times.get(image_id, at))
-    return times
-
-
-def _given(
-    datastore: Datastore, image_ids: Sequence[str], seconds: int
-) -> Iterator[tuple[str, object, float]]:
-    """Image, client and time of what any strategy gave less than `seconds` ago."""
-    now = time.time()
-    local = isinstance(datastore, StudiesDatastore)
-    find = datastore.stored_info if local else datastore.get_image_info
-    for image_id in image_ids:
-        given = find(image_id).get("strategy", {})
-        for record in given.values() if isinstance(given, Mapping) else ():
-            at = float(record.get("ts", 0))
-            if now - at < seconds:
-                yield image_id, record.get("client_id"), at
 
 
 def image_paths(datastore: Datastore) -> dict[str, Path]:

@@ -17,13 +17,12 @@ from lib.datastore import (
     StudiesDatastore,
     extensions,
     find_by_path,
-    given_before,
     image_paths,
     label_names,
     labelled_images,
-    leased_to_others,
 )
 from lib.imaging.io import read_image
+from lib.strategies.board import read_board
 from tests.dicom_series import write_series
 
 
@@ -95,17 +94,17 @@ def test_a_dicom_folder_is_one_image_and_clients_get_a_file(
     assert store.get_image_uri("1.2.840.9") == str(file)  # made once
 
 
-def test_asking_who_was_given_what_makes_no_copies(
+def test_asking_what_there_is_makes_no_copies(
     store: StudiesDatastore, studies: Path, tmp_path: Path
 ) -> None:
     for number in range(3):
         voxels = np.zeros((8, 6, 4), np.uint16)
         write_series(studies / f"1.2.{number}", voxels, spacing_mm=(1.0, 2.0, 5.0))
-    ids = list(image_paths(store))
-    given = {"strategy": {"refseg": {"ts": int(time.time()), "client_id": "one"}}}
-    store.update_image_info("1.2.1", given)
-    assert leased_to_others(store, ids, client_id="two", seconds=600) == {"1.2.1"}
-    assert given_before(store, ids, client_id="one", seconds=600).keys() == {"1.2.1"}
+    board = read_board(store)
+    assert board.paths == image_paths(store)
+    assert board.paths["1.2.1"].is_dir()
+    store.update_image_info("1.2.1", {"flagged": "motion"})
+    assert read_board(store, look_at_disk=False).flagged == {"1.2.1"}
     assert list((tmp_path / "copies").glob("*")) == []
     store.get_image_info("1.2.1")  # a client that loads it has one made
     assert len(list((tmp_path / "copies").glob("*"))) == 1
@@ -213,28 +212,6 @@ def test_the_labelled_image_of_a_file_is_found_by_its_path(
     assert found is not None
     assert found.image_id == "a"
     assert find_by_path(rows, store.get_image_uri("b")) is None
-
-
-def test_an_image_is_leased_to_the_client_that_was_given_it(store: StudiesDatastore) -> None:
-    now = int(time.time())
-    store.update_image_info("a", {"strategy": {"refseg": {"ts": now, "client_id": "one"}}})
-    store.update_image_info("b", {"strategy": {"random": {"ts": now - 900, "client_id": "one"}}})
-    ids = store.list_images()
-    assert leased_to_others(store, ids, client_id="two", seconds=600) == {"a"}
-    assert leased_to_others(store, ids, client_id="one", seconds=600) == set()
-
-
-def test_a_client_was_given_an_image_when_it_last_was(store: StudiesDatastore) -> None:
-    now = int(time.time())
-    both = {
-        "refseg": {"ts": now - 9, "client_id": "one"},
-        "random": {"ts": now - 5, "client_id": "one"},
-    }
-    store.update_image_info("a", {"strategy": both})
-    store.update_image_info("b", {"strategy": {"refseg": {"ts": now - 900, "client_id": "one"}}})
-    store.update_image_info("c", {"strategy": {"refseg": {"ts": now, "client_id": "two"}}})
-    ids = store.list_images()
-    assert given_before(store, ids, client_id="one", seconds=600) == {"a": now - 5}
 
 
 def test_readers_never_see_the_table_half_filled(store: StudiesDatastore) -> None:

@@ -1,7 +1,7 @@
 """MONAI Label strategies over the rankings of `lib.retrieval`: the next image for a client."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from lib.retrieval.ranking import Proposal
 from lib.runtime import Runtime
 from lib.strategies.board import Board, read_board
 from lib.strategies.proposer import Proposals, Proposer, Rest
+from lib.strategies.request import NextRequest
 
 logger = logging.getLogger(__name__)
 
 Judge = Callable[[Mapping[str, Path]], Mapping[str, float]]
 
 SECONDS_A_CALL = 4.0  # of embedding within a request, which blocks the server's other clients
-MOST_IMAGES = 1000  # of one answer
-MOST_LEASE_S = 7 * 24 * 3600
 AT_RISK = ("refseg", "uncertainty")  # look at what is known of the masks
 PEERS = ("typiclust", "probcover", "kcenter")  # to compare with
 DESCRIPTIONS = {
@@ -36,44 +35,6 @@ DESCRIPTIONS = {
     "probcover": "The image with most others close by that no label is close to",
     "kcenter": "The image that is farthest from all labels",
 }
-
-
-@dataclass(frozen=True)
-class NextRequest:
-    """One request, checked.
-
-    Attributes:
-        client_id: who asks; "admin" where the client does not say, as the platform has it.
-        images: how many.
-        labels: that each image should have; an image that lacks some is offered once more.
-        flagged: whether images that were set aside may be given, too.
-        lease: seconds for which others are not given the same.
-        skip: ids that the client does not want now.
-    """
-
-    client_id: str
-    images: int
-    labels: tuple[str, ...]
-    flagged: bool
-    lease: int
-    skip: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, request: Mapping[str, Any], runtime: Runtime) -> "NextRequest":
-        """Read a request.
-
-        Raises:
-            RequestError: an option is out of range.
-        """
-        chosen = runtime.settings
-        return cls(
-            client_id=str(request.get("client_id") or "admin"),
-            images=_whole(request, "images", 1, (1, MOST_IMAGES)),
-            labels=_names(request.get("labels")) or chosen.labels,
-            flagged=_flag(request.get("flagged", False)),
-            lease=_whole(request, "lease", chosen.lease, (0, MOST_LEASE_S)),
-            skip=_names(request.get("skip")),
-        )
 
 
 class Desk:
@@ -141,7 +102,7 @@ class RankedStrategy(Strategy):
                 be used.
         """
         try:
-            wanted = NextRequest.parse(request, self._desk.runtime)
+            wanted = NextRequest.parse(request, self._desk.runtime.settings)
             return self._answer(wanted, self._desk.board(datastore))
         except RequestError as error:
             raise HTTPException(422, str(error)) from error
@@ -281,38 +242,3 @@ def _row(proposal: Proposal) -> dict[str, Any]:
         "reason": proposal.reason,
         "slices": list(proposal.slices),
     }
-
-
-def _whole(request: Mapping[str, Any], name: str, default: int, among: tuple[int, int]) -> int:
-    value = request.get(name, default)
-    try:
-        number = int(value)
-        if isinstance(value, bool) or number != float(value):
-            raise ValueError
-    except (TypeError, ValueError):
-        msg = f"{name} {value!r} is not a whole number; allowed are {among[0]} to {among[1]}."
-        raise RequestError(msg) from None
-    if not among[0] <= number <= among[1]:
-        msg = f"{name} {number} is out of range; allowed are {among[0]} to {among[1]}."
-        raise RequestError(msg)
-    return number
-
-
-def _flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    msg = f"flagged {value!r} is not true or false."
-    raise RequestError(msg)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    """A list, or text with commas."""
-    if value is None:
-        return ()
-    listed = value.split(",") if isinstance(value, str) else value
-    if not isinstance(listed, Iterable):
-        msg = f"{value!r} is not a list of names; write them as a list or with commas."
-        raise RequestError(msg)
-    return tuple(dict.fromkeys(name for item in listed if (name := str(item).strip())))
