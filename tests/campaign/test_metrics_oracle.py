@@ -109,10 +109,10 @@ def score(
 
 
 def test_a_structure_that_was_missed_counts_as_badly_as_can_be() -> None:
-    truth = np.zeros((4, 4, 4), np.int32)
+    truth = np.zeros((9, 4, 4), np.int32)
     truth[1:3, 1:3, 1:3] = 1
     found = score(np.zeros_like(truth), truth)
-    diagonal = np.sqrt(3**2 + 3**2 + 6**2)
+    diagonal = np.sqrt(8**2 + 3**2 + 6**2)
     assert found["liver"] == (0.0, pytest.approx(diagonal), 0.0, None)
 
 
@@ -137,10 +137,10 @@ def test_risk_is_told_without_a_look_at_the_truth() -> None:
         scores = [LabelScore(dice, nan, nan, None, one) for one in confidence]
         return CaseScore("case", {str(n): one for n, one in enumerate(scores)})
 
-    for dice in (0.9, 0.1, nan):
-        assert case(dice, 0.8, 0.4).risk == pytest.approx(0.4)
-        assert case(dice, 0.8, 0.0).risk == pytest.approx(0.2)  # one label was not found
-        assert case(dice, 0.0).risk == 1
+    for overlap in (0.9, 0.1, nan):
+        assert case(overlap, 0.8, 0.4).risk == pytest.approx(0.4)
+        assert case(overlap, 0.8, 0.0).risk == pytest.approx(0.2)  # one label was not found
+        assert case(overlap, 0.0).risk == 1
 
 
 def test_cropping_to_the_masks_changes_no_distance() -> None:
