@@ -17,7 +17,7 @@ from PIL import Image
 from tests.apps.phantoms import write_picture, write_picture_labels
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 300
+PATIENCE_S = 600
 
 
 def command(*words: object, python: str = sys.executable) -> list[str]:
