@@ -1,4 +1,4 @@
-"""`python -m lib.trainers.pretraining pack|train --help`."""
+"""`python -m lib.trainers.pretraining pack|train|untrained --help`."""
 
 import logging
 from pathlib import Path
@@ -72,6 +72,27 @@ def train(
         device=device,
     )
     typer.echo(run(Pack(data), out, plan, encoder=encoder, start=start))
+
+
+@app.command()
+def untrained(
+    encoder: Annotated[Path, typer.Argument(help="ImageNet MobileNetV2 features.")],
+    out: Annotated[Path, typer.Option(help="Weights to write.")] = Path(
+        "runs/untrained.safetensors"
+    ),
+) -> None:
+    """Write the network as it is before any training: the vote alone, to compare with."""
+    import torch
+
+    from lib.models.matchseg import save_weights
+    from lib.models.network import MatchSegNet, NetworkConfig
+    from lib.trainers.pretraining.loop import load_imagenet
+
+    torch.manual_seed(0)
+    net = MatchSegNet(NetworkConfig())
+    load_imagenet(net, encoder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    typer.echo(f"{out} {save_weights(net, out)}")
 
 
 if __name__ == "__main__":
