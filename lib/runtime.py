@@ -82,21 +82,11 @@ class Runtime:
         """
         with self._build_lock:
             if self._engine is None:
-                from lib.models.build import build_embedder, build_segmenter
+                from lib.models.build import build_embedder
 
                 chosen, start = self.settings, time.perf_counter()
-                segmenter = (
-                    self._load_segmenter()
-                    if self._load_segmenter is not None
-                    else build_segmenter(
-                        chosen.segmenter,
-                        weights=chosen.weights,
-                        device=chosen.device,
-                        sam2_variant=chosen.sam2_variant,
-                        sam2_version=chosen.sam2_version,
-                        sam2_size=int(chosen.sam2_size),
-                    )
-                )
+                load = self._load_segmenter
+                segmenter = load() if load is not None else segmenter_of(chosen)
                 embedder = build_embedder(
                     chosen.embedder,
                     segmenter,
@@ -261,6 +251,24 @@ class Runtime:
     def _references_of(self, labelled: LabelledImage) -> Iterator[Reference]:
         progress = progress_logger(f"learning {labelled.image_id}")
         return self.engine.references_of(labelled, on_progress=progress)
+
+
+def segmenter_of(settings: RefSegSettings) -> ReferenceSegmenter:
+    """Load the segmenter that the settings choose.
+
+    Raises:
+        WeightsError: its weights are not there; the message says what to do.
+    """
+    from lib.models.build import build_segmenter
+
+    return build_segmenter(
+        settings.segmenter,
+        weights=settings.weights,
+        device=settings.device,
+        sam2_variant=settings.sam2_variant,
+        sam2_version=settings.sam2_version,
+        sam2_size=int(settings.sam2_size),
+    )
 
 
 def progress_logger(what: str) -> Progress:

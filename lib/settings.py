@@ -43,6 +43,9 @@ class RefSegSettings(BaseSettings):
     weights: Path | None = Field(None, description="folder that holds fetched weights")
     bank: Path | None = Field(None, description="folder of the memory banks")
     site_models: Path | None = Field(None, description="folder of the models trained here")
+    site_average: bool = Field(
+        False, description="average the model trained here with the other segmenter: slower"
+    )
 
     labels: Names = Field((), description="label names to segment, comma-separated; else all seen")
     tags: Names = Field(("final",), description="label tags that count as references")

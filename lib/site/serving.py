@@ -8,8 +8,10 @@ from pathlib import Path
 
 from lib.errors import ModelStoreError, RefSegError
 from lib.models.devices import choose_device
-from lib.runtime import ListLabels, Runtime
+from lib.models.protocol import ReferenceSegmenter
+from lib.runtime import ListLabels, Runtime, segmenter_of
 from lib.settings import RefSegSettings
+from lib.site.average import AveragedSegmenter
 from lib.site.store import ModelCard, ModelStore
 
 logger = logging.getLogger(__name__)
@@ -180,10 +182,14 @@ class SiteModel:
             self._settings,
             bank_root=self._bank_root,
             studies=self._studies,
-            load_segmenter=lambda: self.store.load(
-                card, device=str(choose_device(self._settings.device))
-            ),
+            load_segmenter=lambda: self._load(card),
         )
+
+    def _load(self, card: ModelCard) -> ReferenceSegmenter:
+        own = self.store.load(card, device=str(choose_device(self._settings.device)))
+        if not self._settings.site_average:
+            return own
+        return AveragedSegmenter(own, segmenter_of(self._settings))
 
     def _prepare(self, wanted: ModelCard) -> _Preparation:
         """Start it, or join the one under way; the lock is held."""
