@@ -35,7 +35,6 @@ from lib.trainers.pretraining.tasks import Task
 from lib.trainers.site.packing import PackedCase, as_tensor
 from lib.types import IntArray
 
-KINDS = ("unet", "dynunet")
 SUPERVISED = 3  # lower levels of the DynUNet that are asked, too
 
 

@@ -23,7 +23,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from baselines import KINDS, BaselinePlan, fit_baseline, predict
 from reference_segmentation import DataSet, read_set, true_map
 
 from lib.evaluation.metrics import dice_by_label
@@ -39,6 +38,7 @@ from lib.types import IntArray, LabelledImage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
+KINDS = ("unet", "dynunet")
 METHODS = ("matchseg", "matchseg-scratch", "unet", "dynunet", "refseg")
 CROSS = {"busi": ("bus_bra",), "bus_bra": ("busi",), "glas": ("dsb2018-stained",)}
 PAPER = {
@@ -139,6 +139,8 @@ def one_run(
         segmenter = MatchSegSegmenter.load(fitted.weights, device=settings.device)
         predictor = by_reference(segmenter, drawn, source, settings, room)
     else:
+        from baselines import BaselinePlan, fit_baseline, predict
+
         kind, _, plain = method.partition("-")
         if kind not in KINDS or plain not in ("", "plain"):
             msg = f"method {method!r} is unknown; allowed are {METHODS}, and {KINDS} with -plain"
