@@ -32,6 +32,7 @@ from lib.memory.bank import MemoryBank
 from lib.models.matchseg import BundledEmbedder, MatchSegSegmenter
 from lib.segmenter import Options, ReferenceEngine
 from lib.settings import RefSegSettings
+from lib.site.average import AveragedSegmenter
 from lib.trainers.site.loop import SitePlan
 from lib.trainers.site.training import SCRATCH_RATE, Fitted, TrainOptions, fit
 from lib.types import IntArray, LabelledImage
@@ -40,6 +41,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 KINDS = ("unet", "dynunet")
 METHODS = ("matchseg", "matchseg-scratch", "unet", "dynunet", "refseg")
+AVERAGE = "matchseg + bundled"  # their mean, as by --conf site_average true
 CROSS = {"busi": ("bus_bra",), "bus_bra": ("busi",), "glas": ("dsb2018-stained",)}
 PAPER = {
     ("busi", "U-Net"): None,
@@ -58,7 +60,9 @@ Predictor = Callable[[LabelledImage], IntArray]
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="Folder with index.json.")],
-    sets: Annotated[str, typer.Option(help="Names with commas.")] = "busi,glas,kvasir_seg,acdc",
+    sets: Annotated[
+        str, typer.Option(help="Names with commas.")
+    ] = "busi,glas,kvasir_seg,acdc,bus_bra",
     labels: Annotated[str, typer.Option(help="Labelled cases; 'all'.")] = "5,10,30,all",
     methods: Annotated[
         str, typer.Option(help=f"Of {', '.join(METHODS)}; a U-Net with '-plain': own augmentation.")
@@ -176,6 +180,12 @@ def one_run(
             local = by_reference(segmenter, here.renamed(other), source, settings, room / where)
             cases = some(read_targets(data, where), targets)
             tests[f"{where}, 10 references there"] = test(local, cases, source)
+    if method == "matchseg":  # is the mean with the bundled network worth its time?
+        bundled = MatchSegSegmenter.load_bundled(device=settings.device)
+        both = AveragedSegmenter(segmenter, bundled)
+        averaged = by_reference(both, drawn, source, settings, room / "average")
+        cases = some(source.targets, targets)
+        extra["tests_average"] = {name: test(averaged, cases, source)}
     return {
         **extra,
         "cases": [one.image_id for one in drawn],
@@ -204,15 +214,16 @@ class LabelNames:
 
 
 def by_reference(
-    segmenter: MatchSegSegmenter,
+    segmenter: MatchSegSegmenter | AveragedSegmenter,
     drawn: Sequence[LabelledImage],
     source: DataSet,
     settings: RefSegSettings,
     room: Path,
 ) -> Predictor:
     """The product's own path: engine and bank with the drawn cases as references."""
+    own = segmenter if isinstance(segmenter, MatchSegSegmenter) else segmenter.first
     engine = ReferenceEngine(
-        segmenter, BundledEmbedder(segmenter), annotation="complete", batch=settings.batch
+        segmenter, BundledEmbedder(own), annotation="complete", batch=settings.batch
     )
     room.mkdir(parents=True, exist_ok=True)
     bank = MemoryBank(room / "bank", segmenter.fingerprint, engine.references_of)
@@ -345,7 +356,9 @@ def table(
         for where, found in row["tests"].items():
             what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
             figures[what, row["labels"], row["method"]].append(100 * found["dice"])
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+        for where, found in row.get("tests_average", {}).items():
+            figures[where, row["labels"], AVERAGE].append(100 * found["dice"])
+    methods = list(dict.fromkeys(method for _, _, method in figures))
     print("| set | labels | " + " | ".join(methods) + " | own model - best U-Net |")
     print("|---|---|" + "---|" * (len(methods) + 1))
     for what, labels in sorted({key[:2] for key in figures}, key=_order):

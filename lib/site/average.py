@@ -26,6 +26,7 @@ class AveragedSegmenter:
             first: gives the embeddings, and the name.
             second: the other.
         """
+        self.first = first
         self._parts = (first, second)
         self.name = first.name
         self.size = max(first.size, second.size)
