@@ -114,7 +114,7 @@ def _labels(rng: Generator) -> tuple[str, bytes]:
 
 def _bomb(_: Generator) -> tuple[str, bytes]:
     """64 MB of nothing in 64 kB."""
-    return "x.nii.gz", _nifti(np.zeros((512, 512, 256), np.uint8))
+    return "x.nii.gz", _nifti(np.zeros((4096, 4096, 4), np.uint8))
 
 
 def _big_png(rng: Generator) -> tuple[str, bytes]:

@@ -1,6 +1,7 @@
 """The server that the fuzzer talks to, with a few images that it may use up."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import requests
 from benchmarks.fuzz_files import picture, volume
 
 MAIN = Path(__file__).resolve().parents[1] / "apps" / "refseg" / "main.py"
-PATIENCE_S = 300
+PATIENCE_S = 200
 
 
 class FuzzServer:
@@ -87,5 +88,7 @@ class FuzzServer:
                     return
             except requests.RequestException:
                 time.sleep(0.3)
-        msg = f"the server did not come up: {self.log()[-2000:]}"
+        self.process.send_signal(signal.SIGUSR1)  # it tells where each thread is
+        time.sleep(2)
+        msg = f"the server did not come up: {self.log()[-6000:]}"
         raise RuntimeError(msg)

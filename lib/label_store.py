@@ -271,7 +271,10 @@ class LabelStore(TableStore):
         made = params.get("provenance") if isinstance(params, Mapping) else None
         if isinstance(params, Mapping) and isinstance(made, Mapping):
             found = {key: params[key] for key in FOUND if key in params}
-            write_json(path, {"image": image_id, **made, **found})
+            try:
+                write_json(path, {"image": image_id, **made, **found})
+            except OSError as error:  # the label itself is saved, and its info has all of it, too
+                logger.warning("no provenance beside a label: %s", error)
         else:
             path.unlink(missing_ok=True)
 

@@ -35,6 +35,7 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
     ) -> None:
         self.lock = threading.RLock()
         self._holding = False
+        self._looking = False
         self._seen: tuple[int, int, int] | None = None
         self._complained = False
         super().__init__(
@@ -133,7 +134,13 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
     def _update_datastore_file(self, lock: bool = True) -> None:  # noqa: ARG002
         """The platform's name for: write the table."""
         if self._holding:
-            with self._staged_table(undo=lambda: None):
+            try:
+                with self._staged_table(undo=lambda: None):
+                    return
+            except OSError as error:
+                if not self._looking:
+                    raise
+                self._complain(error)  # what was seen is known in memory
                 return
         with self.lock, self._file_lock(), self._staged_table(undo=lambda: None):
             pass
@@ -141,12 +148,15 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
     def _reconcile_datastore(self) -> None:
         """Look at the disk; what cannot be written then is known in memory alone."""
         with self._table():
+            self._looking = True
             try:
                 super()._reconcile_datastore()
             except OSError as error:
                 self._complain(error)
                 self._seen = None  # memory may be half changed: the table is as it was
                 self._read_table()
+            finally:
+                self._looking = False
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:

@@ -1,7 +1,9 @@
 """Starts the server: MONAI Label's settings, the layers around its application, uvicorn."""
 
+import faulthandler
 import logging
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -35,6 +37,8 @@ class _Server(uvicorn.Server):
 
 def serve(options: ServeOptions, app_folder: Path) -> None:
     """Serve until a signal ends it."""
+    if hasattr(faulthandler, "register"):  # not on Windows
+        faulthandler.register(signal.SIGUSR1)  # `kill -USR1`: where each thread is, to stderr
     _set_up_platform(options, app_folder)
     from apps.refseg.server.limits import PromptProtocol
     from apps.refseg.server.logs import Pseudonyms, log_config
