@@ -7,6 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -119,11 +120,10 @@ def embed_by_dask(
     Raises:
         RequestError: Dask is not installed, nobody answers, or the workers have other weights.
     """
-    try:
-        from distributed import Client
-        from distributed import as_completed as completed
-    except ImportError:
-        raise RequestError(NEEDS_DASK) from None
+    require_dask()
+    from distributed import Client
+    from distributed import as_completed as completed
+
     conf = as_conf(settings)
     with ExitStack() as stack:
         try:
@@ -151,6 +151,16 @@ def embed_by_dask(
             following = next(waiting, None)
             if following is not None:
                 queue.add(submit(*following))
+
+
+def require_dask() -> None:
+    """Find out before anything is loaded.
+
+    Raises:
+        RequestError: Dask is not installed.
+    """
+    if find_spec("distributed") is None:
+        raise RequestError(NEEDS_DASK)
 
 
 def as_conf(settings: RefSegSettings) -> tuple[tuple[str, str], ...]:

@@ -36,9 +36,11 @@ def embed(
 ) -> None:
     """Embed all images for the strategies. Stop it whenever you like: it goes on where it was."""
     from lib.datastore import StudiesDatastore
-    from lib.embedding import embed_by_dask, embed_here, embed_in_processes
+    from lib.embedding import embed_by_dask, embed_here, embed_in_processes, require_dask
     from lib.strategies.board import read_board
 
+    if address:
+        require_dask()
     runtime = _runtime(_settings(conf, bank=bank), studies)
     copies = runtime.folder / "copies"
     store = StudiesDatastore(str(studies.resolve()), copies=copies, watch=False)
