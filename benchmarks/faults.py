@@ -67,7 +67,7 @@ class Client(threading.Thread):
                     params={"image": image},
                     data={"params": json.dumps(params)},
                     files={"label": ("label.png", opened)},
-                    timeout=60,
+                    timeout=300,
                 )
             if answer.ok:
                 self.acknowledged[image].append(digest)

@@ -14,7 +14,7 @@ import requests
 from benchmarks.fuzz_files import picture, volume
 
 MAIN = Path(__file__).resolve().parents[1] / "apps" / "refseg" / "main.py"
-PATIENCE_S = 200
+PATIENCE_S = 900
 
 
 class FuzzServer:

@@ -196,13 +196,13 @@ class LabelStore(TableStore):
             if not label:
                 msg = f"Label: {label_id} Tag: {label_tag} not found"
                 raise LabelNotFoundException(msg)
-            before = dict(label.info)
-            label.info.update({k: v for k, v in info.items() if k != "version"})
+            before = label.info
+            label.info = {**before, **{k: v for k, v in info.items() if k != "version"}}
             file = Path(self.get_label_uri(label_id, label_tag))
             mark = self._history.announce(
                 label_tag, label_id, info=label.info, sha256=digest_of(file)
             )
-            with self._staged_table(undo=lambda: label.info.update(before)):
+            with self._staged_table(undo=lambda: setattr(label, "info", before)):
                 pass
             self._history.settled(mark, label_tag, label_id)
 

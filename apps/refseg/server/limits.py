@@ -11,8 +11,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from apps.refseg.server.answers import send_problem
 from apps.refseg.server.options import ServeOptions
 
-HEADER_TIMEOUT_S = 20.0
-
 
 class _EndedError(Exception):
     """The body ends here, whatever the client still sends."""
@@ -100,15 +98,17 @@ def _answered_by_us(send: Send, body: _Body) -> Send:
     return answer
 
 
-class PromptProtocol(H11Protocol):
+def prompt_protocol(seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's HTTP/1.1, with an end for clients that do not finish their first headers."""
 
-    def connection_made(self, transport: Any) -> None:
-        """As uvicorn's; look again when the headers should be there."""
-        super().connection_made(transport)
-        self.loop.call_later(HEADER_TIMEOUT_S, self._close_if_silent)
+    class PromptProtocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._close_if_silent)
 
-    def _close_if_silent(self) -> None:
-        first: Any = self.scope  # None until the headers are there, whatever its type says
-        if first is None and not self.transport.is_closing():
-            self.transport.close()
+        def _close_if_silent(self) -> None:
+            first: Any = self.scope  # None until the headers are there, whatever its type says
+            if first is None and not self.transport.is_closing():
+                self.transport.close()
+
+    return PromptProtocol
