@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lib.errors import ModelStoreError
+from lib.errors import ModelStoreError, WeightsError
 from lib.memory.catalogue import fingerprint_folder
 from lib.models.matchseg import MatchSegSegmenter, save_weights
 from lib.models.network import MatchSegNet
@@ -131,7 +131,7 @@ class ModelStore:
         """Load a version's network, checked against the SHA-256 on its card.
 
         Raises:
-            ModelStoreError: the file is absent or damaged.
+            ModelStoreError: the file is absent, damaged, or of a network that is no more.
         """
         path = self._place(card.version) / WEIGHTS
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
@@ -141,7 +141,11 @@ class ModelStore:
                 f"{card.sha256[:16]} was expected. Roll back (`models rollback`) or train again."
             )
             raise ModelStoreError(msg)
-        return MatchSegSegmenter.load(path, device=device)
+        try:
+            return MatchSegSegmenter.load(path, device=device)
+        except WeightsError as error:
+            msg = f"Model {card.version} is of another version of RefSeg; train again ({error})."
+            raise ModelStoreError(msg) from error
 
     # -- writing ----------------------------------------------------------------------------------
 

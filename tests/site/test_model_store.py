@@ -1,5 +1,6 @@
 """Versions of a site's model on the disk: whole or not there, one current, and the way back."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lib.errors import ModelStoreError
 from lib.models.network import MatchSegNet, NetworkConfig
@@ -95,6 +97,21 @@ def test_a_flipped_bit_is_refused_with_the_way_out(store: ModelStore, net: Match
     (store.folder / "current.json").write_text("{")
     with pytest.raises(ModelStoreError, match="models use"):
         store.current()
+
+
+def test_a_model_of_another_network_says_to_train_again(
+    store: ModelStore, net: MatchSegNet
+) -> None:
+    published(store, net)
+    place = store.folder / "0001"
+    tensors = load_file(place / "weights.safetensors")
+    tensors.pop("head.weight")
+    save_file(tensors, place / "weights.safetensors", metadata={"config": json.dumps(vars(SMALL))})
+    digest = hashlib.sha256((place / "weights.safetensors").read_bytes()).hexdigest()
+    raw = json.loads((place / "card.json").read_text())
+    (place / "card.json").write_text(json.dumps({**raw, "sha256": digest}))
+    with pytest.raises(ModelStoreError, match="another version of RefSeg; train again"):
+        store.load(store.card(1))
 
 
 def test_old_versions_go_with_the_banks_that_they_alone_made(

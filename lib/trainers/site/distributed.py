@@ -1,6 +1,5 @@
 """Several GPUs, one process each: gradients are averaged, the first process decides."""
 
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,14 +90,19 @@ def run_on(devices: list[str], work: Callable[[Ranks, Any], None], argument: Any
 def _enter(
     rank: int, devices: list[str], port: int, work: Callable[[Ranks, Any], None], argument: Any
 ) -> None:
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
     device = torch.device(devices[rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=len(devices), timeout=TIMEOUT)
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=len(devices),
+        timeout=TIMEOUT,
+    )
     try:
         work(Ranks(device, rank, len(devices)), argument)
     finally:
