@@ -123,6 +123,12 @@ class LabelStore(TableStore):
             self._tell_provenance(label_id, label_tag, {})
         logger.info("removed label %s of %s", label_tag, label_id)
 
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """All labelled images with their labels, as a zip file."""
+        if not self.get_labeled_images():
+            raise HTTPException(404, "No image is labelled yet: there is nothing to download.")
+        return str(super().get_dataset_archive(limit_cases))
+
     def restore_label(self, image_id: str, tag: str, version: int) -> int:
         """Make a kept version the label again; the present one goes to the history.
 
@@ -282,7 +288,7 @@ class LabelStore(TableStore):
 def _refuse_paths(**named: str) -> None:
     for what, value in named.items():
         try:
-            check_name(what, value)
+            check_name(what, str(value or ""))  # clients' JSON may hold anything
         except RequestError as error:
             raise HTTPException(422, str(error)) from error
 

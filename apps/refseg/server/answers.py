@@ -3,7 +3,10 @@
 import errno
 import json
 import logging
+import shutil
 import uuid
+import zipfile
+import zlib
 from collections.abc import Mapping
 from contextvars import ContextVar
 
@@ -16,6 +19,9 @@ from monailabel.interfaces.exception import (
     MONAILabelError,
     MONAILabelException,
 )
+from pydantic import ValidationError
+from requests import ConnectionError as NoConnection
+from requests import Timeout
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Send
 
@@ -89,6 +95,13 @@ def translated(error: Exception) -> HTTPException:
         return HTTPException(503, str(error))
     if isinstance(error, MONAILabelException):
         return _of_platform(error)
+    if isinstance(error, OverflowError | ValidationError):
+        return HTTPException(422, f"A value is out of range ({type(error).__name__}).")
+    if isinstance(error, zipfile.BadZipFile | shutil.ReadError | zlib.error):
+        return HTTPException(422, "The archive cannot be unpacked: it is damaged.")
+    if isinstance(error, NoConnection | Timeout):
+        logger.warning("request %s: %s", request_id.get(), error)
+        return HTTPException(502, "The DICOMweb server behind this one does not answer.")
     if isinstance(error, FileNotFoundError):  # deleted by another client, or a tool not installed
         logger.warning("request %s: not there: %s", request_id.get(), error)
         return HTTPException(404, "What the request needs is not there, or not any more.")

@@ -3,11 +3,14 @@
 import inspect
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from monailabel import endpoints as static
+from monailabel.config import settings as platform
 from starlette.datastructures import UploadFile
 
 from lib.errors import RequestError
@@ -22,6 +25,8 @@ MAY_BE_EMPTY = frozenset({"session_id"})
 DEEPEST = 24
 LARGEST_JSON = 1 << 20  # characters; Slicer sends some hundred
 
+OHIF = Path(static.__file__).parent / "static" / "ohif"
+CHECKSUM = re.compile(r"((SHA256|SHA512|MD5):)?[0-9a-fA-F]{1,128}")
 HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
 LONGEST_HEADER = 1 << 20
 
@@ -54,6 +59,18 @@ def check_arguments(path: str, given: Mapping[str, Any], endings: Endings) -> No
                 _check_upload(file)
     if path.startswith("/infer"):
         _check_infer(given)
+    if path.startswith("/datastore/image"):
+        _check_given_to(given)
+    params = given.get("params")
+    if path.startswith("/activelearning") and isinstance(params, dict):
+        strategy = params.get("strategy", "")
+        if not isinstance(strategy, str):
+            msg = "params: strategy is not text."
+            raise RequestError(msg)
+    checksum = given.get("check_sum")
+    if checksum and not CHECKSUM.fullmatch(checksum):
+        msg = f"check_sum {checksum[:40]!r} is not SHA256:, SHA512: or MD5: and hexadecimal digits."
+        raise RequestError(msg)
     upload = given.get("file") or given.get("label")
     if path.startswith("/datastore") and isinstance(upload, UploadFile):
         _check_ending(upload, endings())
@@ -72,6 +89,10 @@ def check_params(name: str, value: "str | Mapping[str, Any]") -> None:
         msg = f"{name} is not a JSON object, such as {{}}."
         raise RequestError(msg)
     _check_value(name, found, DEEPEST)
+    client = found.get("client_id")
+    if client is not None and not isinstance(client, str):
+        msg = f"{name}: client_id is not text."
+        raise RequestError(msg)
     for key in NAMES_IN_PARAMS:
         named = found.get(key)
         if named is None or named == "":
@@ -133,15 +154,47 @@ def _check_value(name: str, value: Any, depth: int) -> None:
             _check_value(name, entry, depth - 1)
 
 
+def not_served(path: str, given: Mapping[str, Any], studies: str) -> str:
+    """Why a route of the platform has nothing to answer here; else empty."""
+    if path.startswith("/infer/wsi"):
+        return "RefSeg does not segment whole-slide images."
+    if path.startswith("/model/"):
+        return "RefSeg's weights are not exchanged over the network: see `main.py weights`."
+    if path.startswith("/proxy/") and "://" not in studies:
+        return "The studies are a folder: there is no DICOMweb server to ask."
+    if path == "/ohif/{path:path}" and (OHIF / str(given.get("path"))).is_dir() and given["path"]:
+        return "This is a folder."
+    return ""
+
+
 def _check_infer(given: Mapping[str, Any]) -> None:
     if not any(given.get(key) for key in ("image", "file", "session_id")):
         msg = "Which image? Give image=ID, upload a file, or name a session."
         raise RequestError(msg)
+    output = str(getattr(given.get("output"), "value", ""))
+    if output == "dicom_seg" and "://" not in platform.MONAI_LABEL_STUDIES:
+        msg = "output=dicom_seg needs a DICOMweb server as the studies; ask for image or all."
+        raise RequestError(msg)
     params = given.get("params")
-    named = json.loads(params or "{}").get("image") if isinstance(params, str) else None
+    told = json.loads(params or "{}") if isinstance(params, str) else {}
+    unwritten = str(told.get("result_write_to_file", "")).lower() in ("false", "0", "no", "off")
+    if output == "image" and unwritten:
+        msg = "output=image wants a file, which result_write_to_file=false leaves out."
+        raise RequestError(msg)
+    named = told.get("image")
     if named and named != given.get("image"):
         msg = f"params name another image than the request: {named!r}; leave it out there."
         raise RequestError(msg)
+
+
+def _check_given_to(given: Mapping[str, Any]) -> None:
+    """`strategy` of an image's info says who was given it; the platform writes into it."""
+    for argument in ("info", "params"):
+        told = given.get(argument)
+        notes = json.loads(told or "{}").get("strategy", {}) if isinstance(told, str) else {}
+        if not isinstance(notes, dict) or not all(isinstance(n, dict) for n in notes.values()):
+            msg = f"{argument}: strategy is not an object of objects; leave it out."
+            raise RequestError(msg)
 
 
 def _check_upload(file: UploadFile) -> None:
@@ -182,6 +235,9 @@ def _check_archives(files: list[UploadFile]) -> None:
             raise RequestError(msg) from None
         finally:
             upload.file.seek(0)
+        if any(member.flag_bits & 1 for member in members):
+            msg = "The zip archive has a password."
+            raise RequestError(msg)
         for member in members:
             parts = PurePath(member.filename.replace("\\", "/")).parts
             if ".." in parts or member.filename.startswith(("/", "\\")):

@@ -19,6 +19,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from monailabel.config import settings as platform_settings
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.utils import background_processes, stop_background_task
 from starlette.background import BackgroundTasks
@@ -27,7 +28,7 @@ from starlette.responses import Response
 from starlette.routing import Mount
 
 from apps.refseg.server.answers import http_problem, invalid_request, translated
-from apps.refseg.server.checks import check_arguments, client_of, with_argument
+from apps.refseg.server.checks import check_arguments, client_of, not_served, with_argument
 from apps.refseg.server.lanes import ClientGoneError, Lane
 from apps.refseg.server.options import ServeOptions
 from lib.datastore import extensions
@@ -169,6 +170,9 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
         request: Request = given.pop(OURS)
         client = request.client.host if request.client else ""
         try:
+            nothing = not_served(route.path, given, platform_settings.MONAI_LABEL_STUDIES)
+            if nothing:
+                raise HTTPException(404, nothing)
             check_arguments(route.path, given, served_endings)
             if isinstance(given.get("request"), Request):
                 await request.body()  # kept by the request, so that the function need not wait
