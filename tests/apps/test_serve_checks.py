@@ -1,7 +1,6 @@
 """What `serve` lets through to the platform, and how errors are told."""
 
 import io
-import logging
 import shutil
 import zipfile
 import zlib
@@ -28,6 +27,14 @@ def archive(**members: bytes) -> UploadFile:
         for name, data in members.items():
             file.writestr(name.replace("__", "../"), data)
     return upload("x.zip", buffer.getvalue())
+
+
+def bomb() -> UploadFile:
+    """A zip archive whose list of members says that one unpacks to 4 GB."""
+    data = bytearray(archive(a=b"1").file.read())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = b"\xf0\xff\xff\xff"
+    return upload("x.zip", bytes(data))
 
 
 def label(name: str, data: bytes = b"", **more: object) -> dict[str, Any]:
@@ -60,7 +67,7 @@ class Output:
         ("/session/", {"uncompress": True, "files": [upload("x.zip", b"no zip")]}),
         ("/session/", {"uncompress": True, "files": [upload("x.tar.gz")]}),
         ("/session/", {"uncompress": True, "files": [archive(__x=b"1")]}),
-        ("/session/", {"uncompress": True, "files": [archive(bomb=bytes(1100 << 20))]}),
+        ("/session/", {"uncompress": True, "files": [bomb()]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
