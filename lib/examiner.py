@@ -52,6 +52,7 @@ class _Looked:
     presence: tuple[float, ...]
     quality: tuple[float, ...]
     similarity: tuple[float, ...]
+    halves: frozenset[int]  # labels, by place, that both halves of the references knew
 
 
 class Examiner:
@@ -156,10 +157,12 @@ class Examiner:
         everyone = list(range(len(matches)))
         scores = torch.full((len(names), 1, 1), -torch.inf)
         presence, quality = [0.0] * len(names), [0.0] * len(names)
+        asked: list[set[int]] = []
         for decision, voters in zip(
             decisions, (everyone, everyone[::2], everyone[1::2]), strict=True
         ):
             rows = torch.nonzero(known[voters].any(0)).flatten() if voters else torch.zeros(0)
+            asked.append({int(row) for row in rows})
             if not len(rows):
                 continue
             chosen = [replace(memories[v], labels=memories[v].labels[rows]) for v in voters]
@@ -184,6 +187,7 @@ class Examiner:
             tuple(presence),
             tuple(quality),
             tuple(similarity),
+            frozenset(asked[1] & asked[2]),
         )
 
     def _count(
@@ -196,18 +200,18 @@ class Examiner:
         """Signs of the query alone, at the working size."""
         expected = np.zeros((3, len(names)))  # sum p m, sum p, sum m
         halves = np.zeros((3, len(names)))  # both, one, the other
-        voted = [False, False]
         for one in looked:
             side = one.scores.shape[-1]
             odds = torch.cat([torch.zeros(1, side, side), one.scores.clamp(-30, 30)])
             probabilities = torch.softmax(odds.double(), 0)[1:].numpy()
             drawn = [decision.draw(one.index, (side, side)) for decision in decisions]
-            voted = [v or bool(d.any()) for v, d in zip(voted, drawn[1:], strict=True)]
             for row, name in enumerate(names):
                 mask, left, right = (d == row + 1 for d in drawn)
                 p = probabilities[row]
                 expected[:, row] += float(p[mask].sum()), float(p.sum()), float(mask.sum())
-                halves[:, row] += float((left & right).sum()), float(left.sum()), float(right.sum())
+                if row in one.halves:
+                    both = float((left & right).sum())
+                    halves[:, row] += both, float(left.sum()), float(right.sum())
                 tally.add(
                     name,
                     area=int(mask.sum()),
@@ -215,13 +219,12 @@ class Examiner:
                     presence=one.presence[row],
                     quality=one.quality[row],
                 )
-        more_than_one = any(len(one.matches) > 1 for one in looked)
         for row, name in enumerate(names):
             hit, likely, painted = expected[:, row]
             if likely + painted:
                 tally.set(name, "sharpness", 2 * hit / (likely + painted))
             both, one_half, other_half = halves[:, row]
-            if more_than_one and one_half + other_half:
+            if one_half + other_half:
                 tally.set(name, "agreement", 2 * both / (one_half + other_half))
 
     def _reverse(
