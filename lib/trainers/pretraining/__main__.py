@@ -1,4 +1,4 @@
-"""`python -m lib.trainers.pretraining pack|train|untrained --help`."""
+"""`python -m lib.trainers.pretraining pack|train|average|untrained --help`."""
 
 import logging
 from pathlib import Path
@@ -72,6 +72,22 @@ def train(
         device=device,
     )
     typer.echo(run(Pack(data), out, plan, encoder=encoder, start=start))
+
+
+@app.command()
+def average(
+    first: Annotated[Path, typer.Argument(help="Weights.")],
+    second: Annotated[Path, typer.Argument(help="Weights of a run that went on from the first.")],
+    out: Annotated[Path, typer.Option(help="Weights to write.")],
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of the second.")] = 0.5,
+) -> None:
+    """Average the weights of two legs of one run (Wortsman et al., arXiv 2203.05482)."""
+    from lib.models.matchseg import load_weights, save_weights
+
+    net, other = load_weights(first), load_weights(second).state_dict()
+    mean = {name: (1 - share) * t + share * other[name] for name, t in net.state_dict().items()}
+    net.load_state_dict(mean)
+    typer.echo(f"{out} {save_weights(net, out)}")
 
 
 @app.command()
