@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from lib.models.network import MatchSegNet, NetworkConfig
+from lib.runtime import studies_name
 from lib.site.store import ModelCard, ModelStore
 from tests.apps.phantoms import ball, dice, write_picture, write_picture_labels
 from tests.apps.server_process import Server
@@ -39,8 +40,7 @@ class Site:
 
     @property
     def store(self) -> ModelStore:
-        (folder,) = (path for path in self.models.iterdir() if path.is_dir())
-        return ModelStore(folder)
+        return ModelStore(self.models / studies_name(str(self.server.studies)))
 
     def info(self) -> dict[str, Any]:
         found: dict[str, Any] = self.server.get("/info/").json()
@@ -214,10 +214,12 @@ def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(
     labelled: Site,
 ) -> None:
     site = labelled
+    before = site.store.versions()
     options = ["-t", "tmpfs", "-o", "size=3m", "tmpfs", str(site.models)]
     if os.geteuid() or subprocess.run(["mount", *options], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
+        assert site.store.versions() == []  # they lie below the small disk for now
         task = site.train(max_epochs=1)
         assert task["status"] == "ERROR"
         assert "Make room" in "\n".join(task["details"])
@@ -226,4 +228,4 @@ def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(
         assert site.server.post_infer("p5", {}).ok
     finally:
         subprocess.run(["umount", str(site.models)], check=True)
-    assert site.store.versions() != []
+    assert site.store.versions() == before
