@@ -60,6 +60,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             studies=studies,
             list_labels=self._labelled,
         )
+        self._desk = Desk(self._runtime)
+        self._reviewer = Reviewer(self._runtime)
         super().__init__(
             app_dir,
             studies,
@@ -88,9 +90,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
 
     def init_strategies(self) -> dict[str, Strategy]:
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
-        self._desk = desk = Desk(self._runtime)
         names = ("refseg", "coverage", "uncertainty", "random", "first", *PEERS)
-        reviewer, images = Reviewer(self._runtime), self._settings.examine
+        desk, reviewer, images = self._desk, self._reviewer, self._settings.examine
 
         def judge(left: Mapping[str, Path]) -> Mapping[str, float]:
             reviewer.work_soon(self._labelled, left, images=images)

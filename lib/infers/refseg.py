@@ -4,7 +4,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,20 @@ NOTHING = {"background": 0}  # 3D Slicer drops this name; an empty dict it would
 class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
     """Segments an image by the labelled images of the datastore."""
 
-    def __init__(self, runtime: Runtime, list_labels: ListLabels) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        list_labels: ListLabels,
+        confidence: Callable[[Segmentation], Mapping[str, float]] | None = None,
+    ) -> None:
         """Nothing is loaded here.
 
         Args:
             runtime: networks and bank.
             list_labels: the datastore's final labels, as they are now.
+            confidence: how far each mask is trusted; None: as the segmentation says itself.
         """
+        self._confidence = confidence or (lambda found: found.confidence)
         defaults = runtime.options
         super().__init__(
             InferType.SEGMENTATION,
@@ -163,7 +170,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         version = bank.version
         return {
             "label_names": dict(values) or NOTHING,
-            "confidence": dict(found.confidence),
+            "confidence": dict(self._confidence(found)),
             "references": {
                 name: [
                     {
