@@ -113,8 +113,8 @@ def _labels(rng: Generator) -> tuple[str, bytes]:
 
 
 def _bomb(_: Generator) -> tuple[str, bytes]:
-    """64 MB of nothing in 64 kB."""
-    return "x.nii.gz", _nifti(np.zeros((4096, 4096, 4), np.uint8))
+    """16 MB of nothing in 16 kB."""
+    return "x.nii.gz", _nifti(np.zeros((2048, 2048, 4), np.uint8))
 
 
 def _big_png(rng: Generator) -> tuple[str, bytes]:
