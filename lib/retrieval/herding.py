@@ -27,7 +27,8 @@ from lib.retrieval.poolview import PoolView, Proposal
 from lib.types import FloatArray
 
 _BLOCK = 512  # rows of one product: what it makes stays in the cache
-_FIRST_LOOK = 32
+_FIRST_LOOK = 32  # gains computed at once, and how many more when that did not settle it
+_LOOK_GROWTH = 2
 _GAIN_DECIMALS = 6  # below, differences are rounding of the matrix product, hence ties
 _WIDTH_SAMPLE = 1024
 _SAME = 1e-4  # 1 - cos of what is the same picture
@@ -251,7 +252,7 @@ class Herding:
             else:
                 chosen = stale
             self._evaluate(chosen, lacking)
-            look *= 2
+            look *= _LOOK_GROWTH
 
     def _evaluate(self, images: Numbers, lacking: npt.NDArray[np.bool_]) -> None:
         state = self._state

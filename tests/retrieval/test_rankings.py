@@ -1,6 +1,6 @@
 """All rankings against brute force, and against themselves made anew."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +13,15 @@ from lib.retrieval.herding import Herding
 from lib.retrieval.ranking import NAMES, PoolView, make_ranking
 
 EVERY = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_gain_at_a_time() -> Iterator[None]:
+    """Else all gains of such small pools would be computed each time, and no bound be relied on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.retrieval.herding._FIRST_LOOK", 1)
+        patch.setattr("lib.retrieval.herding._LOOK_GROWTH", 1)
+        yield
 
 
 def unit(generator: np.random.Generator, count: int, size: int) -> np.ndarray:
@@ -292,6 +301,41 @@ def test_a_large_pool_is_sampled_and_still_near_the_whole():
     gains = [sum(p.score for p in ranking.next(n=3)) for ranking in (sampled, whole)]
     assert gains[0] == pytest.approx(gains[1], rel=0.1)
     assert "about" in sampled.next()[0].reason
+
+
+@pytest.mark.parametrize("kernel", ["smooth", "ball"])
+def test_what_a_deleted_label_had_covered_is_worth_labelling_again(kernel):
+    """Gains that were seen to be small while the label was there are not believed any more."""
+    far = np.eye(3, 8, dtype=np.float32)
+    pool = PoolView.of(
+        {"a": far[[0] * 20], "b": far[[0] * 20], "c": far[[1] * 5], "d": far[[2] * 10]}
+    )
+    ranking = Herding(pool, 0, width=0.1, kernel=kernel)
+    ranking.add_labelled(["a"])
+    assert ranking.next()[0].image_id == "d"  # b is looked at, too, and is worth nothing
+    ranking.remove_labelled(["a"])
+    (best,) = ranking.next({"a"})
+    assert best.image_id == "b"
+    assert best.score == pytest.approx(40 / 55, abs=0.01)
+
+
+def test_a_kernel_that_grows_again_makes_old_bounds_looser():
+    """Two far clusters: with both labelled the kernel is narrow, and wide again with one."""
+    generator = np.random.default_rng(3)
+    near = np.eye(2, 24, dtype=np.float32)[np.repeat([0, 1], 30)] + 0.1 * unit(generator, 60, 24)
+    vectors = near / np.linalg.norm(near, axis=1, keepdims=True)
+    pool = PoolView.of({f"i{n:02d}": vectors[n : n + 1] for n in range(60)})
+    lived = Herding(pool, 0)
+    seen = []
+    for _ in range(6):
+        seen.append(lived.next()[0].image_id)
+        lived.add_labelled(seen[-1:])
+    while seen:
+        lived.remove_labelled([seen.pop()])
+        fresh = Herding(pool, 0)
+        fresh.add_labelled(seen)
+        one, other = lived.next()[0], fresh.next()[0]
+        assert (one.image_id, one.score) == (other.image_id, pytest.approx(other.score, abs=2e-6))
 
 
 def test_few_gains_are_computed_for_the_next_image_after_a_submit():
