@@ -6,9 +6,12 @@ from typing import Literal
 
 import numpy as np
 
+from lib.errors import LabelError
 from lib.imaging.io import ImageVolume, read_label_map
 from lib.imaging.slices import through_plane_axis
 from lib.types import IntArray, LabelledImage
+
+MOST_LABELS = 300  # of one image; atlases of the brain or the body have up to some two hundred
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +45,19 @@ def read_annotation(
     By `partial` (docs/architecture.md, "Partial labels") a slice speaks if something is drawn on
     it, of the labels that the volume uses anywhere. By `complete` every slice speaks of every
     named label. A map that is empty altogether says "none of the named labels", by either rule.
+
+    Raises:
+        LabelError: not the label map of this image, or one of more labels than can be learned.
     """
     label_map = read_label_map(labelled.label_path, image)
     axis = through_plane_axis(image, axis)
     drawn = _numbers_in(label_map)
+    if len(drawn) > MOST_LABELS:  # every later segmentation would have to decide between them
+        msg = (
+            f"{labelled.label_path.name} holds {len(drawn)} labels; at most {MOST_LABELS} "
+            "are learned. Was an image submitted in place of its label map?"
+        )
+        raise LabelError(msg)
     values: dict[str, int] = {}
     for value in drawn:
         number = values.setdefault(labelled.label_names.get(value, f"label_{value}"), value)
