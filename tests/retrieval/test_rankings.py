@@ -338,6 +338,32 @@ def test_a_kernel_that_grows_again_makes_old_bounds_looser():
         assert (one.image_id, one.score) == (other.image_id, pytest.approx(other.score, abs=2e-6))
 
 
+@pytest.mark.parametrize("weighting", ["even", "risk"])
+def test_a_long_campaign_is_ranked_as_if_each_answer_were_the_first(weighting):
+    """The kernel narrows and widens, weights turn, labels come and go: bounds must hold."""
+    generator = np.random.default_rng(5)
+    vectors = unit(generator, 90, 4)
+    vectors[60:] = unit(generator, 3, 4)[generator.integers(0, 3, 30)] + 0.01 * vectors[60:]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pool = PoolView.of({f"i{n:02d}": vectors[n : n + 1] for n in range(90)})
+    lived = Herding(pool, 0, weighting=weighting)
+    labelled: list[str] = []
+    for step in range(36):
+        if step % 12 > 6 and labelled:
+            gone = [labelled.pop(int(generator.integers(len(labelled)))) for _ in labelled[::3]]
+            lived.remove_labelled(gone)
+        else:
+            labelled.append(lived.next()[0].image_id)
+            lived.add_labelled(labelled[-1:])
+        risk = {name: float(generator.random() ** 4) for name in pool.ids}
+        lived.set_risk(risk)
+        fresh = Herding(pool, 0, weighting=weighting)
+        fresh.set_risk(risk)
+        fresh.add_labelled(labelled)
+        one, other = lived.next()[0], fresh.next()[0]
+        assert one.score == pytest.approx(other.score, abs=3e-6), step
+
+
 def test_few_gains_are_computed_for_the_next_image_after_a_submit():
     """The point of the bounds: a submit costs one update, not a rebuild."""
     generator = np.random.default_rng(2)
