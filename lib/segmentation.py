@@ -4,12 +4,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from lib.annotation import Annotation
+from lib.confidence.evidence import Evidence, EvidenceTally
 from lib.types import IntArray, Match, Prediction, SliceKey
 
 
@@ -52,6 +53,8 @@ class Segmentation:
         slices: number of slices.
         own_slices: slices that the user had labelled, given back as they were.
         message: what a person should know; empty when all is as expected.
+        evidence: what speaks for each label's mask, own slices left out.
+        own_share: of each label's area, what the annotator drew.
     """
 
     label_map: IntArray
@@ -62,6 +65,8 @@ class Segmentation:
     slices: int
     own_slices: int
     message: str = ""
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    own_share: Mapping[str, float] = field(default_factory=dict)
 
 
 class Tally:
@@ -71,6 +76,9 @@ class Tally:
         self._area: dict[str, int] = defaultdict(int)
         self._belief: dict[str, float] = defaultdict(float)
         self._slices: dict[int, dict[str, float]] = {}
+        self._signs: dict[int, dict[str, tuple[float, float, float]]] = {}
+        self._own: dict[str, int] = defaultdict(int)
+        self._evidence = EvidenceTally()
         self._used: dict[str, dict[SliceKey, tuple[float, int]]] = defaultdict(dict)
 
     def add(
@@ -91,6 +99,7 @@ class Tally:
             known: (R, L) bool, which reference knew which label.
         """
         beliefs = self._slices[index] = {}
+        signs = self._signs[index] = {}
         for row, name in enumerate(names):
             voters = [match for match, knows in zip(matches, known[:, row], strict=True) if knows]
             for match in voters:
@@ -99,6 +108,8 @@ class Tally:
             similarity = max(0.0, max(match.similarity for match in voters))
             belief = float(prediction.quality[row] * prediction.presence[row]) * similarity
             beliefs[name] = min(1.0, belief)
+            presence, quality = float(prediction.presence[row]), float(prediction.quality[row])
+            signs[name] = (similarity, presence, quality)
 
     def count(self, index: int, values: IntArray, names: Sequence[str]) -> None:
         """Count what was painted on slice `index`: (H, W), 0 or the label's place in names + 1."""
@@ -107,6 +118,10 @@ class Tally:
             area = int(areas[names.index(name)])
             self._area[name] += area
             self._belief[name] += area * belief
+            similarity, presence, quality = self._signs[index][name]
+            self._evidence.add(
+                name, area=area, similarity=similarity, presence=presence, quality=quality
+            )
 
     def add_own(self, annotation: Annotation, names: Sequence[str]) -> None:
         """Count the annotator's own slices, of which nothing is in doubt."""
@@ -114,11 +129,20 @@ class Tally:
             area = int((annotation.label_map == annotation.values[name]).sum())
             self._area[name] += area
             self._belief[name] += area
+            self._own[name] += area
 
     def confidence(self, label: str) -> float:
         """Mean belief over the area found, 0..1; 0 where nothing was found."""
         area = self._area[label]
         return round(self._belief[label] / area, 4) if area else 0.0
+
+    def evidence(self, label: str) -> Evidence:
+        """What speaks for the label's mask, on the slices that were segmented."""
+        return self._evidence.of(label)
+
+    def own_share(self, label: str) -> float:
+        """Of the label's area, what the annotator drew."""
+        return self._own[label] / self._area[label] if self._area[label] else 0.0
 
     def references(self, label: str) -> tuple[UsedReference, ...]:
         """The references that voted for a label, nearest first."""

@@ -205,6 +205,8 @@ class ReferenceEngine:
             slices=len(pictures),
             own_slices=len(annotation.slices) if annotation is not None else 0,
             message=message_for(names, unknown),
+            evidence={name: tally.evidence(name) for name in names},
+            own_share={name: tally.own_share(name) for name in names},
         )
 
     def _encode_and_embed(self, images: Sequence[FloatArray]) -> tuple[list[Features], FloatArray]:

@@ -80,7 +80,11 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
 
     def init_infers(self) -> dict[str, InferTask]:
         """One task, whatever the networks, and one for the site's own model."""
-        self._task = RefSeg(self._runtime, self._labelled)
+        self._task = RefSeg(
+            self._runtime,
+            self._labelled,
+            lambda found: self._reviewer.confidence(found.evidence, found.own_share),
+        )
         own = MatchSeg(self._site, self._task, self._runtime, self._labelled)
         return {"refseg": self._task, "matchseg": own}
 
