@@ -11,7 +11,7 @@ from lib.imaging.io import ImageVolume, read_label_map
 from lib.imaging.slices import through_plane_axis
 from lib.types import IntArray, LabelledImage
 
-MOST_LABELS = 300  # of one image; atlases of the brain or the body have up to some two hundred
+MOST_LABELS = 200  # of one image: more than atlases of the brain have, fewer than a grey picture
 
 
 @dataclass(frozen=True, eq=False)
