@@ -189,6 +189,13 @@ def main(
     )
     numbers = sorted(int(k) for k in ks.split(","))
     rows: list[Row] = []
+    settings = {
+        "segmenter": segmenter.fingerprint,
+        "seed": seed,
+        "slices": slices,
+        "empty": empty,
+        "threads": threads,
+    }
     print(HEADER)
     print("|---|---|---|---|---|---|---|---|")
     with Progress(transient=True, console=None) as progress:
@@ -209,6 +216,8 @@ def main(
                     advance = partial(progress.advance, task)
                     rows.append(measure(engine, bank, chosen, cases, truths, k, founds, advance))
                     print(line(rows[-1]), flush=True)
+                if out is not None:
+                    save(out, settings, rows)
                 if sheets is not None:
                     sheet(
                         engine,
@@ -220,30 +229,35 @@ def main(
                         numbers[-1],
                         sheets / f"{name}.png",
                     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\nPeak memory {peak:.2f} GiB; {threads} threads; seed {seed}; {segmenter.fingerprint}.")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "segmenter": segmenter.fingerprint,
-            "seed": seed,
-            "slices": slices,
-            "empty": empty,
-            "threads": threads,
-            "date": time.strftime("%Y-%m-%d"),
-            "peak_gib": round(peak, 2),
-            "rows": [asdict(r) for r in rows],
-        }
-        settings = ("segmenter", "seed", "slices", "empty")
-        if out.exists():
-            earlier = json.loads(out.read_text())
-            if all(earlier[name] == report[name] for name in settings):
-                kept = [r for r in earlier["rows"] if r["set"] not in names]
-                report["rows"] = [*kept, *report["rows"]]
-                report["peak_gib"] = max(earlier["peak_gib"], report["peak_gib"])
-        beside = out.with_suffix(".part")
-        beside.write_text(json.dumps(report, indent=1))
-        beside.replace(out)
+    print(
+        f"\nPeak memory {peak_gib():.2f} GiB; {threads} threads; seed {seed}; {segmenter.fingerprint}."
+    )
+
+
+def peak_gib() -> float:
+    """Most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def save(out: Path, settings: dict[str, object], rows: list[Row]) -> None:
+    """Write the rows; a file of the same settings keeps the sets that are not among them."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    measured = {row.set for row in rows}
+    kept, peak = [], peak_gib()
+    if out.exists():
+        earlier = json.loads(out.read_text())
+        if all(earlier.get(name) == value for name, value in settings.items()):
+            kept = [row for row in earlier["rows"] if row["set"] not in measured]
+            peak = max(peak, earlier["peak_gib"])
+    report = {
+        **settings,
+        "date": time.strftime("%Y-%m-%d"),
+        "peak_gib": round(peak, 2),
+        "rows": [*kept, *(asdict(row) for row in rows)],
+    }
+    beside = out.with_suffix(".part")
+    beside.write_text(json.dumps(report, indent=1))
+    beside.replace(out)
 
 
 def measure(engine, bank, chosen, cases, truths, k, founds, advance) -> Row:  # type: ignore[no-untyped-def]
