@@ -28,8 +28,8 @@ _BELIEF = {
     "agreement": 0.25,
     "reverse": 0.1,
 }
-# Samples that the belief in the weights is worth: weights fitted to a dozen labels foretold less than
-# these; a few offsets are learned much sooner. Set on bus_bra, prostate_mr_t2, busi and dsb2018.
+# Samples that the belief in the weights is worth: weights fitted to a dozen labels foretold less
+# than these; a few offsets are learned much sooner. Set on bus_bra, prostate_mr_t2, busi, dsb2018.
 _WEIGHT_WORTH = 20.0
 _OFFSET_WORTH = 2.0  # the same of a label's being like the others
 _EDGE = 0.02  # Dice of 0 and 1 have no logit
