@@ -322,8 +322,8 @@ class MatchSegNet(nn.Module):
         """The label-transfer prior, once for all labels.
 
         P(p) = sum_s softmax_s(tau (<d_p, d_s> - w |x_p - x_s|^2) + t_s) onehot_s over all positions
-        s of all references, t_s being the trust in the reference that s lies in; where a label is unknown to a reference, the label's vote is that of the
-        others alone.
+        s of all references, t_s being the trust in the reference that s lies in; where a label is
+        unknown to a reference, the label's vote is that of the others alone.
 
         Args:
             descriptor: (B, 152, side, side) of the queries.
