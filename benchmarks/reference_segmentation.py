@@ -229,9 +229,8 @@ def main(
                         numbers[-1],
                         sheets / f"{name}.png",
                     )
-    print(
-        f"\nPeak memory {peak_gib():.2f} GiB; {threads} threads; seed {seed}; {segmenter.fingerprint}."
-    )
+    fingerprint = segmenter.fingerprint
+    print(f"\nPeak memory {peak_gib():.2f} GiB; {threads} threads; seed {seed}; {fingerprint}.")
 
 
 def peak_gib() -> float:
