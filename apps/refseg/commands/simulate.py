@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from filelock import FileLock, Timeout
@@ -22,7 +22,9 @@ from rich.progress import (
 from apps.refseg.cli import AsJson, Conf, _runtime, _settings, _tell, app, err, reported
 from lib.errors import RequestError
 from lib.settings import RefSegSettings
-from lib.types import LabelledImage
+
+if TYPE_CHECKING:  # it brings torch along, which `--help` does without
+    from lib.types import LabelledImage
 
 SHOWN = 20  # images of a dry run
 
@@ -270,9 +272,10 @@ def _store(studies: Path, copies: Path) -> Any:
 
 def _labelled_in(
     store: Any, studies: Path, labels: str, *, none: bool = False
-) -> list[LabelledImage]:
+) -> "list[LabelledImage]":
     """Labelled images: by the datastore's tag, or by file names where the folder is elsewhere."""
     from lib.datastore import image_paths, labelled_images
+    from lib.types import LabelledImage
 
     folder = (studies / labels).resolve()
     if folder.parent == (studies / "labels").resolve():
