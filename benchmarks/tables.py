@@ -1,19 +1,19 @@
-"""Fill the tables of docs/results.md from benchmarks/results/reference.json.
+"""Fill the tables of docs/results.md from the files of benchmarks/results.
 
-A table stands between `<!-- reference: SETS -->` and `<!-- end -->`, SETS being names with commas,
-`unseen` or `held-out` (all others that were not, or were, trained on in their other half). The
-text around it is written by hand and left alone, so that figures are never copied by hand.
+A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`, FILE being `reference` (the bundled
+weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
+names, and that were not, or were, trained on in their other half). The text around it is written
+by hand and left alone, so that figures are never copied by hand.
 """
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BLOCK = re.compile(r"(<!-- reference: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (reference|untrained): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 STAGES = ("encode", "retrieve", "load", "segment", "merge")
 
 Rows = dict[str, dict[int, dict[str, Any]]]  # set -> k -> row of reference_segmentation.py
@@ -55,35 +55,44 @@ def remarks(rows: Rows, names: Sequence[str]) -> str:
             or "none"
         )
 
-    return f"\nBelow copying: {against(0)}. Most references worse than four: {against(4)}.\n"
+    text = f"\nBelow copying: {against(0)}."
+    if all(4 in rows[name] for name in names):
+        text += f" Most references worse than four: {against(4)}."
+    return text + "\n"
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of one file by set and k; none where it is not there."""
+    rows: Rows = {}
+    if path.exists():
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            rows.setdefault(row["set"], {})[row["k"]] = row
+    return rows
 
 
 def main() -> None:
     """Rewrite docs/results.md in place."""
-    report = json.loads((HERE / "results" / "reference.json").read_text(encoding="utf-8"))
-    rows: Rows = {}
-    for row in report["rows"]:
-        rows.setdefault(row["set"], {})[row["k"]] = row
     path = HERE.parent / "docs" / "results.md"
     text = path.read_text(encoding="utf-8")
-    named = {n for _, what, _ in BLOCK.findall(text) for n in what.split(",")}
+    files = {
+        kind: read_rows(HERE / "results" / f"{kind}.json") for kind in ("reference", "untrained")
+    }
+    named = {n for _, _, what, _ in BLOCK.findall(text) for n in what.split(",")}
 
     def fill(match: re.Match[str]) -> str:
-        what = match[2]
+        rows, what = files[match[2]], match[3]
         if what in ("unseen", "held-out"):
             trained = what == "held-out"
             names = sorted(n for n in rows if n not in named and rows[n][0]["trained"] is trained)
         else:
             names = [n for n in what.split(",") if n in rows]
         if not names:
-            return match[1] + "Not measured with these weights yet.\n" + match[3]
-        detailed = what not in ("unseen", "held-out")
-        body = table(rows, names, by_label=detailed) + remarks(rows, names)
-        return match[1] + body + match[3]
+            return match[1] + "Not measured with these weights yet.\n" + match[4]
+        body = table(rows, names, by_label=what not in ("unseen", "held-out"))
+        return match[1] + body + remarks(rows, names) + match[4]
 
-    filled = BLOCK.sub(fill, text)
-    path.write_text(filled, encoding="utf-8")
-    print(f"{path}: {len(rows)} sets of {report['segmenter']}", file=sys.stderr)
+    path.write_text(BLOCK.sub(fill, text), encoding="utf-8")
+    print(f"{path}: {', '.join(f'{len(rows)} sets of {kind}' for kind, rows in files.items())}")
 
 
 if __name__ == "__main__":
