@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import RequestError
+from lib.request_options import truth, whole
 from lib.segmentation import Options
 from lib.settings import AXIS_NAMES, RefSegSettings, parse_axis, parse_window
 
@@ -51,13 +52,13 @@ class SegmentRequest:
             path=Path(str(request["image"])),
             prompt=_prompt(request.get("label_prompt")),
             options=Options(
-                k=_whole(request, "k", settings.k, 1, 64),
-                cap_per_case=_whole(request, "cap_per_case", settings.cap_per_case, 0, 64),
-                own_labels=_truth(request, "own_labels", settings.own_labels),
+                k=whole(request, "k", settings.k, 1, 64),
+                cap_per_case=whole(request, "cap_per_case", settings.cap_per_case, 0, 64),
+                own_labels=truth(request, "own_labels", settings.own_labels),
             ),
             extension=_extension(request.get("result_extension")),
-            compress=_truth(request, "result_compress", True),
-            write=_truth(request, "result_write_to_file", True),
+            compress=truth(request, "result_compress", True),
+            write=truth(request, "result_write_to_file", True),
             largest=_largest(request.get("result_dtype")),
             info_numbers="restore_label_idx" in request,
         )
@@ -107,33 +108,6 @@ def _prompt(value: Any) -> tuple[str | int, ...]:
         text = str(entry).strip()
         prompt += [int(text)] if text.isdecimal() else [text] if text else []
     return tuple(prompt)
-
-
-def _whole(request: Mapping[str, Any], key: str, default: int, low: int, high: int) -> int:
-    value = request.get(key)
-    if value is None or value == "":
-        return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if isinstance(value, bool) or number != round(number, 0) or not low <= number <= high:
-        msg = f"{key} {value!r} is not allowed; it is a whole number from {low} to {high}."
-        raise RequestError(msg)
-    return int(number)
-
-
-def _truth(request: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = request.get(key)
-    if value is None or value == "":
-        return default
-    text = str(value).lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    msg = f"{key} {value!r} is not allowed; it is true or false."
-    raise RequestError(msg)
 
 
 def _joined(value: Any) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import RequestError
+from lib.request_options import truth, whole
 from lib.settings import RefSegSettings
 
 MOST_IMAGES = 1000  # of one answer
@@ -40,36 +41,12 @@ class NextRequest:
         """
         return cls(
             client_id=str(request.get("client_id") or "admin"),
-            images=_whole(request, "images", 1, (1, MOST_IMAGES)),
+            images=whole(request, "images", 1, 1, MOST_IMAGES),
             labels=_names(request.get("labels")) or settings.labels,
-            flagged=_flag(request.get("flagged", False)),
-            lease=_whole(request, "lease", settings.lease, (0, MOST_LEASE_S)),
+            flagged=truth(request, "flagged", False),
+            lease=whole(request, "lease", settings.lease, 0, MOST_LEASE_S),
             skip=_names(request.get("skip")),
         )
-
-
-def _whole(request: Mapping[str, Any], name: str, default: int, among: tuple[int, int]) -> int:
-    value = request.get(name, default)
-    try:
-        number = int(value)
-        if isinstance(value, bool) or number != float(value):
-            raise ValueError
-    except (TypeError, ValueError):
-        msg = f"{name} {value!r} is not a whole number; allowed are {among[0]} to {among[1]}."
-        raise RequestError(msg) from None
-    if not among[0] <= number <= among[1]:
-        msg = f"{name} {number} is out of range; allowed are {among[0]} to {among[1]}."
-        raise RequestError(msg)
-    return number
-
-
-def _flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    msg = f"flagged {value!r} is not true or false."
-    raise RequestError(msg)
 
 
 def _names(value: object) -> tuple[str, ...]:

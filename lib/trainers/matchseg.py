@@ -15,6 +15,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.datastore import image_paths, labelled_images
 from lib.errors import RefSegError, RequestError
+from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
 from lib.trainers.site.loop import PROGRESS, SitePlan
@@ -101,7 +102,7 @@ def run_request(
     Raises:
         RefSegError: an option is not allowed, or it cannot be done; the message says what to do.
     """
-    if _truth(request, "rollback", False):
+    if truth(request, "rollback", False):
         return _rollback(site)
     options = parse_options(request)
     labelled = labelled_images(datastore, settings.tags)
@@ -137,86 +138,44 @@ def parse_options(request: Mapping[str, Any]) -> TrainOptions:
     Raises:
         RequestError: a value is not allowed; the message says what is.
     """
-    start = _first(request.get("start") or STARTS[0])
+    # Choices go out as lists and come back as lists, the chosen one first.
+    request = {k: v[0] if isinstance(v, list) and v else v for k, v in request.items()}
+    start = request.get("start") or STARTS[0]
     if start not in STARTS:
         msg = f"start {start!r} is not allowed; allowed are {', '.join(STARTS)}."
         raise RequestError(msg)
     usual = asdict(SitePlan())
     rate = usual["rate"] if start == "bundled" else SCRATCH_RATE
     encoder_rate = usual["encoder_rate"] if start == "bundled" else SCRATCH_RATE
-    regions = _number(request, "regions", usual["regions"], 0, 1)
+    regions = number(request, "regions", usual["regions"], 0, 1)
     plan = SitePlan(
-        epochs=int(_number(request, "max_epochs", usual["epochs"], 1, 10_000, whole=True)),
-        steps=int(_number(request, "steps_per_epoch", usual["steps"], 1, 100_000, whole=True)),
-        minutes=_number(request, "minutes", usual["minutes"], 0, 100_000),
-        patience=int(
-            _number(request, "early_stop_patience", usual["patience"], 0, 10_000, whole=True)
-        ),
+        epochs=whole(request, "max_epochs", usual["epochs"], 1, 10_000),
+        steps=whole(request, "steps_per_epoch", usual["steps"], 1, 100_000),
+        minutes=number(request, "minutes", usual["minutes"], 0, 100_000),
+        patience=whole(request, "early_stop_patience", usual["patience"], 0, 10_000),
         size=_size(request),
-        images=int(_number(request, "images", usual["images"], 3, 64, whole=True)),
-        rate=_number(request, "rate", rate, 1e-7, 1),
-        encoder_rate=_number(request, "encoder_rate", encoder_rate, 0, 1),
+        images=whole(request, "images", usual["images"], 3, 64),
+        rate=number(request, "rate", rate, 1e-7, 1),
+        encoder_rate=number(request, "encoder_rate", encoder_rate, 0, 1),
         regions=regions,
-        seed=int(_number(request, "seed", usual["seed"], 0, 2**31 - 1, whole=True)),
+        seed=whole(request, "seed", usual["seed"], 0, 2**31 - 1),
     )
     return TrainOptions(
         plan=plan,
         start="bundled" if start == "bundled" else "scratch",
-        share=_number(request, "val_split", 0.2, 0.05, 0.5),
-        unlabelled=_truth(request, "unlabelled_images", True),
-        several_gpus=_truth(request, "multi_gpu", True),
-        resume=_truth(request, "resume", True),
+        share=number(request, "val_split", 0.2, 0.05, 0.5),
+        unlabelled=truth(request, "unlabelled_images", True),
+        several_gpus=truth(request, "multi_gpu", True),
+        resume=truth(request, "resume", True),
     )
 
 
 def _size(request: Mapping[str, Any]) -> int:
-    size = int(_number(request, "size", 0, 0, 1024, whole=True))
+    size = whole(request, "size", 0, 0, 1024)
     if size % 32:
         msg = f"size {size} is not allowed; it is a multiple of 32, or 0 for the network's own."
         raise RequestError(msg)
     return size
-
-
-def _number(
-    request: Mapping[str, Any],
-    key: str,
-    default: float,
-    low: float,
-    high: float,
-    *,
-    whole: bool = False,
-) -> float:
-    value = _first(request.get(key))
-    if value is None or value == "":
-        return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    fits = low <= number <= high and (not whole or number == round(number))
-    if isinstance(value, bool) or not fits:
-        kind = "a whole number" if whole else "a number"
-        msg = f"{key} {value!r} is not allowed; it is {kind} from {low:g} to {high:g}."
-        raise RequestError(msg)
-    return number
-
-
-def _truth(request: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = _first(request.get(key))
-    if value is None or value == "":
-        return default
-    text = str(value).lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    msg = f"{key} {value!r} is not allowed; it is true or false."
-    raise RequestError(msg)
-
-
-def _first(value: Any) -> Any:
-    """Lists are choices; the chosen one stands first."""
-    return (value[0] if value else None) if isinstance(value, list | tuple) else value
 
 
 def _clock(seconds: float) -> str:

@@ -197,7 +197,7 @@ def test_a_wrong_option_is_told_in_a_sentence(annotation: Annotation) -> None:
     for wrong, sentence in (
         ({"images": 0}, "1 to 1000"),
         ({"images": "many"}, "whole number"),
-        ({"lease": -1}, "out of range"),
+        ({"lease": -1}, "from 0 to 604800"),
         ({"flagged": "perhaps"}, "true or false"),
     ):
         with pytest.raises(HTTPException) as caught:
