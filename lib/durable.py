@@ -51,6 +51,11 @@ def write_json(target: Path, value: Any) -> None:
     publish(stage(target, lambda file: file.write(data)), target)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    publish(stage(target, lambda file: file.write(text.encode())), target)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """A second name for a file, or a copy where the file system knows no second names."""
     try:

@@ -17,6 +17,7 @@ from lib.campaign.plan import Plan
 from lib.campaign.replay import Replay
 from lib.campaign.scoring import CaseScore
 from lib.campaign.summary import Spread, Summary
+from lib.durable import write_text
 from lib.evaluation.charts import Line, curves
 from lib.evaluation.pictures import COLORS, Panel, data_address
 from lib.imaging.slices import cut, cut_labels
@@ -259,6 +260,4 @@ def _cell(value: float) -> str:
 def write(path: Path, text: str) -> None:
     """Beside its place first, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_text(path, text)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.durable import publish, stage
 from lib.types import FloatArray, IntArray
 
 # Okabe and Ito's palette: told apart by colour-blind readers, too.
@@ -76,7 +77,6 @@ def contact_sheet(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=90, format="png")
+    staged = stage(path, lambda file: figure.savefig(file, dpi=90, format="png"))
     plt.close(figure)
-    beside.replace(path)
+    publish(staged, path)

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 import threading
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
+
+from lib.durable import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class LabelNumbers:
             stored = _read(path)
             table = _with_new(stored or self._numbers, names)
             if table != stored:
-                _write(path, table)
+                write_json(path, table)
         self._numbers = table
 
 
@@ -73,16 +73,3 @@ def _read(path: Path) -> dict[str, int]:
     logger.error("%s is damaged; put aside as %s, labels are numbered anew", path, aside.name)
     path.replace(aside)
     return {}
-
-
-def _write(path: Path, table: dict[str, int]) -> None:
-    """The file appears whole or not at all."""
-    beside = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(table, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.durable import publish, stage
 from lib.errors import RefSegError, WeightsError
 from lib.models.devices import in_batches, is_out_of_memory
 from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
@@ -38,14 +39,12 @@ def save_weights(net: MatchSegNet, path: Path) -> str:
 
     The file appears whole or not at all.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()}
-    beside = path.with_suffix(".part")
-    save_file(tensors, beside, metadata={"config": json.dumps(asdict(net.config))})
-    beside.chmod(0o644)  # safetensors writes for the owner alone
-    beside.replace(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    data = save(tensors, metadata={"config": json.dumps(asdict(net.config))})
+    publish(stage(path, lambda file: file.write(data)), path)
+    return hashlib.sha256(data).hexdigest()
 
 
 def load_weights(path: Path, *, sha256: str | None = None) -> MatchSegNet:

@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lib.durable import write_json
 from lib.errors import ModelStoreError, WeightsError
 from lib.memory.catalogue import fingerprint_folder
 from lib.models.matchseg import MatchSegSegmenter, save_weights
@@ -291,15 +292,8 @@ def _banks(path: Path) -> list[str]:
 
 def _write(path: Path, value: Any) -> None:
     """Write JSON; the file appears whole or not at all."""
-    beside = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_json(path, value)
     except OSError as error:
         msg = f"{path} cannot be written ({error}); the models stay as they were."
         raise ModelStoreError(msg) from error
-    finally:
-        beside.unlink(missing_ok=True)

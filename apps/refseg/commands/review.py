@@ -22,6 +22,7 @@ from apps.refseg.cli import (
     err,
     reported,
 )
+from lib.durable import write_text
 from lib.errors import RequestError
 
 THUMBNAIL_ROWS = 200
@@ -103,7 +104,7 @@ def review(
     learned = f"{len(calibration.samples)} masks of {len(labelled)} labelled images left out"
     if page:
         seconds = time.perf_counter() - start
-        page.write_text(_page(studies, rows, learned, seconds), encoding="utf-8")
+        write_text(page, _page(studies, rows, learned, seconds))
         err.print(f"wrote {page}", highlight=False)
     _tell(data, show, as_json, nothing="every image is labelled or flagged")
 

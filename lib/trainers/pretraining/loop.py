@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.durable import publish, stage
 from lib.models.matchseg import load_weights, pooled, save_weights
 from lib.models.network import Encoded, MatchSegNet, NetworkConfig, Output, Remembered
 from lib.trainers.pretraining.episodes import Episode, EpisodeMaker
@@ -273,9 +274,7 @@ def _save(
         "step": step,
         "spent": spent,
     }
-    beside = path.with_suffix(".part")
-    torch.save(parts, beside)
-    beside.replace(path)
+    publish(stage(path, lambda file: torch.save(parts, file)), path)
 
 
 def _log(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.durable import write_text
 from lib.evaluation.charts import Line, curves
 from lib.models.matchseg import standardize
 from lib.models.network import MatchSegNet
@@ -146,9 +147,7 @@ def write_page(folder: Path) -> Path:
         )
     page = folder / "progress.html"
     head = '<!doctype html><meta charset="utf-8"><title>Pretraining</title>'
-    beside = page.with_suffix(".part")
-    beside.write_text(head + "\n".join(charts), encoding="utf-8")
-    beside.replace(page)
+    write_text(page, head + "\n".join(charts))
     return page
 
 

@@ -2,12 +2,10 @@
 
 import copy
 import csv
-import json
 import logging
 import math
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lib.durable import publish, stage, write_json
 from lib.errors import TrainingError
 from lib.models.devices import is_out_of_memory
 from lib.models.matchseg import MatchSegSegmenter, load_weights, save_weights
@@ -299,9 +298,7 @@ def _save(job: SiteJob, state: _State) -> None:
         "history": state.history,
     }
     path = job.folder / CHECKPOINT
-    beside = path.with_suffix(".part")
-    torch.save(parts, beside)
-    beside.replace(path)
+    publish(stage(path, lambda file: torch.save(parts, file)), path)
 
 
 def _write_progress(job: SiteJob, state: _State, *, running: bool) -> None:
@@ -315,13 +312,7 @@ def _write_progress(job: SiteJob, state: _State, *, running: bool) -> None:
         "running": running,
         "pid": os.getpid(),
     }
-    path = job.folder / PROGRESS
-    beside = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        beside.write_text(json.dumps(told), encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_json(job.folder / PROGRESS, told)
 
 
 def _log(path: Path, row: list[Any]) -> None:
