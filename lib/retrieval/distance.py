@@ -1,5 +1,6 @@
 """Rankings of images one by one, by how far they are from all labels or by their risk."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 _SAMPLE = 1024
 
 
-class _OneByOne:
+class _OneByOne(ABC):
     """A `Ranking` by a score of each image that the labels alone change."""
 
     def __init__(self, pool: PoolView, seed: int, labels: Sequence[str]) -> None:
@@ -69,11 +70,13 @@ class _OneByOne:
         order = np.argsort(-far, kind="stable")[:3]
         return tuple(int(self._pool.slices[start + row]) for row in order)
 
+    @abstractmethod
     def _scores(self) -> Floats:
-        raise NotImplementedError
+        """Of each image (N,), the highest is next."""
 
+    @abstractmethod
     def _reason(self, image: int) -> str:
-        raise NotImplementedError
+        """Why an image is next, for a person."""
 
 
 class Farthest(_OneByOne):

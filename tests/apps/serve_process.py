@@ -34,6 +34,8 @@ class ServeProcess:
             **os.environ,
             "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
             "HF_HUB_OFFLINE": "1",
+            # no tool is found on any machine: what the platform says of one is an error to look for
+            "PATH": str(Path(sys.executable).parent),
             "OMP_NUM_THREADS": "1",
         }
         with self._log.open("ab") as output:

@@ -378,9 +378,8 @@ def test_a_bad_request_is_refused_with_a_sentence_and_an_id(
     assert sorted(p for p in ours.studies.parent.rglob("*") if "bank" not in p.parts) == before
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="nothing fails")
 def test_an_error_of_the_app_has_an_id_that_the_log_has_too(ours: ServeProcess) -> None:
-    response = ours.request("GET", "/logs/gpu")  # by a tool that is not there
+    response = ours.request("GET", "/logs/gpu")  # by a tool that the server does not find
     assert response.status_code == 404
     mark = response.json()["id"]
     lines = [json.loads(line) for line in ours.log.splitlines() if mark in line]

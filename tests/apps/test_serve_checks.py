@@ -37,6 +37,14 @@ def bomb() -> UploadFile:
     return upload("x.zip", bytes(data))
 
 
+def future() -> UploadFile:
+    """A zip archive that says that a later version of zip is needed to unpack it."""
+    data = bytearray(archive(a=b"1").file.read())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 6] = 99
+    return upload("x.zip", bytes(data))
+
+
 def label(name: str, data: bytes = b"", **more: object) -> dict[str, Any]:
     return {"image": "a", "label": upload(name, data), "params": "{}", "tag": "final", **more}
 
@@ -68,6 +76,7 @@ class Output:
         ("/session/", {"uncompress": True, "files": [upload("x.tar.gz")]}),
         ("/session/", {"uncompress": True, "files": [archive(__x=b"1")]}),
         ("/session/", {"uncompress": True, "files": [bomb()]}),
+        ("/session/", {"uncompress": True, "files": [future()]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

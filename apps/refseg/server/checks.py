@@ -230,8 +230,11 @@ def _check_archives(files: list[UploadFile]) -> None:
             raise RequestError(msg)
         try:
             members = zipfile.ZipFile(upload.file).infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        except (zipfile.BadZipFile, OSError, ValueError):
             msg = "The file is no zip archive."
+            raise RequestError(msg) from None
+        except NotImplementedError as error:  # what zipfile says of versions above its own
+            msg = f"The zip archive is of a kind that is not read here ({error}); pack it plainly."
             raise RequestError(msg) from None
         finally:
             upload.file.seek(0)
