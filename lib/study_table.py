@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from monailabel.datastore.local import LocalDatastore, LocalDatastoreModel
 
 from lib.durable import publish, stage
+from lib.errors import RefSegError
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,12 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
         lock = FileLock(self._lock_file, timeout=LOCK_TIMEOUT_S)
         try:
             lock.acquire()
+        except Timeout as error:  # an OSError, too; to write without the lock would lose entries
+            msg = (
+                f"Another process has held the table of the studies for {LOCK_TIMEOUT_S:g} s: "
+                "nothing was stored. Try again in a minute."
+            )
+            raise RefSegError(msg) from error
         except OSError as error:  # a read-only folder: nobody can write, so nobody need wait
             self._complain(error)
             yield
@@ -128,7 +135,7 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:  # noqa: ARG002
         """The platform's name for: read the table if someone else has changed it."""
-        with self._table():
+        with self._or_later(), self._table():
             pass
 
     def _update_datastore_file(self, lock: bool = True) -> None:  # noqa: ARG002
@@ -147,7 +154,7 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
 
     def _reconcile_datastore(self) -> None:
         """Look at the disk; what cannot be written then is known in memory alone."""
-        with self._table():
+        with self._or_later(), self._table():
             self._looking = True
             try:
                 super()._reconcile_datastore()
@@ -157,6 +164,14 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
                 self._read_table()
             finally:
                 self._looking = False
+
+    @contextmanager
+    def _or_later(self) -> Iterator[None]:
+        """To look can wait, and the platform's watcher would end with an error: a line instead."""
+        try:
+            yield
+        except RefSegError as error:
+            logger.warning("the studies folder is looked at later: %s", error)
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:

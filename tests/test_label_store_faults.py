@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
+from lib import study_table
 from lib.datastore import StudiesDatastore, labelled_images
+from lib.errors import RefSegError
 
 
 def picture(path: Path, seed: int, size: int = 20) -> Path:
@@ -111,3 +114,26 @@ def test_a_clock_that_jumps_back_mixes_up_no_versions(
     kept = [version.file.read_bytes() for version in store.versions("a", "final")]
     assert kept == [file.read_bytes() for file in files[:-1]]
     assert (studies / "labels/final/a.png").read_bytes() == files[-1].read_bytes()
+
+
+def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    picture(studies / "a.png", 0)
+    store = open_store(studies, tmp_path)
+    table = (studies / "datastore_v2.json").read_bytes()
+    monkeypatch.setattr(study_table, "LOCK_TIMEOUT_S", 0.2)
+    label = picture(tmp_path / "l.png", 1)
+    with FileLock(studies / ".lock"):
+        with pytest.raises(RefSegError, match="Try again"):
+            store.save_label("a", str(label), "final", {})
+        store.refresh()  # reading goes on by what is known
+        assert store.list_images() == ["a"]
+    assert "looked at later" in caplog.text
+    assert "cannot be written" not in caplog.text
+    assert (studies / "datastore_v2.json").read_bytes() == table
+    assert not list((studies / "labels/final").iterdir())
+    store.save_label("a", str(label), "final", {})
+    assert (studies / "labels/final/a.png").read_bytes() == label.read_bytes()
