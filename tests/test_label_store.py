@@ -292,7 +292,7 @@ for kind in ("save", "delete"):
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each crash is a forked child; no fork here")
 def test_a_crash_at_any_step_leaves_the_old_label_or_the_new_one(
     studies: Path, tmp_path: Path
 ) -> None:

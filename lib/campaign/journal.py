@@ -98,11 +98,11 @@ class Journal:
         for line in whole.splitlines():
             try:
                 row = json.loads(line)
-                outcome = _outcome(row)
-            except (ValueError, KeyError, TypeError) as error:
+                protocol, outcome = row["protocol"], _outcome(row)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 logger.warning("%s: a line is damaged (%s)", self._path.name, error)
                 continue
-            if row["protocol"] == self._protocol:
+            if protocol == self._protocol:
                 self._outcomes[outcome.place] = outcome
             else:
                 self.passed_over += 1

@@ -185,7 +185,7 @@ def _mark(memory: Memory, known: Sequence[bool]) -> bytes:
     mark = blake2b(bytes(known), digest_size=16)
     for tensor in (memory.image, memory.labels):
         mark.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-        mark.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        mark.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return mark.digest()
 
 

@@ -84,7 +84,8 @@ class Summary:
         picked: the images in the order of seed 0.
         reasons: why each was proposed.
         seconds_choosing: mean time of one next image.
-        seconds_learning: mean time of one label's way into the bank, out of the library.
+        seconds_learning: mean time of one label's way into the bank, out of the library; NaN where
+            all was taken from campaigns with the same labels.
         seconds_a_slice: mean time of the network for one slice at the largest budget; NaN where
             every answer was remembered.
     """
@@ -198,6 +199,10 @@ def _summary(
     answered = sum(line.seconds.answered for line in lines if line.budget == plan.budgets[-1])
     network = sum(line.seconds.network for line in lines if line.budget == plan.budgets[-1])
     labels = len(seeds) * plan.budgets[-1]
+    learned = {}  # seed -> labels brought in; where others had the same, nothing was learned
+    for line in lines:
+        if line.seconds.learning > 0:
+            learned[line.seed] = line.budget
     return Summary(
         strategy=strategy,
         levels=tuple(
@@ -213,7 +218,9 @@ def _summary(
         picked=last.picked,
         reasons=last.reasons,
         seconds_choosing=sum(line.seconds.choosing for line in lines) / labels,
-        seconds_learning=sum(line.seconds.learning for line in lines) / labels,
+        seconds_learning=sum(line.seconds.learning for line in lines) / sum(learned.values())
+        if learned
+        else float("nan"),
         seconds_a_slice=network / answered if answered else float("nan"),
     )
 

@@ -14,6 +14,7 @@ STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a label may have dollar signs in its name
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -156,7 +156,7 @@ def test_a_dry_run_needs_no_labels_and_tells_the_order(surveyed: Path) -> None:
     assert all(image in page for image in order)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome to open the page in")
 @pytest.mark.parametrize("page", ["report", "pool"])
 def test_a_browser_shows_the_page_without_an_error(
     played: Played, surveyed: Path, tmp_path: Path, page: str

@@ -39,7 +39,7 @@ def test_auto_on_a_cpu_takes_the_bundled_network_and_says_what_is_lacking(weight
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU changes: no CUDA device")
 def test_auto_with_weights_and_a_gpu_takes_sam2(weights):
     assert plan_segmenter("auto", weights=weights).name == "sam2"
 
