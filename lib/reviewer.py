@@ -233,16 +233,13 @@ class Reviewer:
         store.put_estimate(Estimate(image_id, generation, found.evidence))
         confidence = {n: calibration.confidence(n, e) for n, e in found.evidence.items()}
         areas = {name: found.evidence[name].area for name in found.labels}
-        # a structure that is rightly absent is not the worst mask of an image
-        shown = [name for name in found.labels if areas[name]] or list(found.labels)
-        worst = min(shown, key=lambda name: (confidence[name], name))
         place = int((found.masks > 0).sum(axis=(1, 2)).argmax())
         return Reviewed(
             image_id,
             confidence,
             areas=areas,
             signs={name: found.evidence[name].signs() for name in found.labels},
-            worst=worst,
+            worst=_worst(confidence, areas),
             picture_slice=found.slices[place],
             thumbnail=self._thumbnail(image, found, place, thumbnail) if thumbnail else "",
         )
@@ -332,6 +329,18 @@ class Reviewer:
         except Exception:
             logger.exception("masks could not be judged")
 
+    def recall(self) -> dict[str, Reviewed]:
+        """What was found of each image that was looked at, by id; no image is looked at."""
+        calibration = self.calibration()
+        found = {}
+        for image_id, estimate in self._parts[0].estimates().items():
+            evidence = estimate.evidence
+            confidence = {n: calibration.confidence(n, e) for n, e in evidence.items()}
+            areas = {name: one.area for name, one in evidence.items()}
+            worst = _worst(confidence, areas)
+            found[image_id] = Reviewed(image_id, confidence, areas=areas, worst=worst)
+        return found
+
     def read_risk(self, image_ids: Collection[str]) -> dict[str, float]:
         """1 - expected Dice, mean over the labels, of the images that were looked at."""
         calibration = self.calibration()
@@ -341,6 +350,12 @@ class Reviewer:
             if values and image_id in image_ids:
                 risk[image_id] = 1 - float(np.mean(values))
         return risk
+
+
+def _worst(confidence: Mapping[str, float], areas: Mapping[str, int]) -> str:
+    """The label trusted least; one that is rightly absent is not the worst mask of an image."""
+    shown = [name for name in confidence if areas[name]] or list(confidence)
+    return min(shown, key=lambda name: (confidence[name], name), default="")
 
 
 def samples_of(found: Examination, annotation: Annotation) -> list[Sample]:

@@ -74,6 +74,11 @@ class Runtime:
         return Options(k=chosen.k, cap_per_case=chosen.cap_per_case, own_labels=chosen.own_labels)
 
     @property
+    def ready(self) -> bool:
+        """Whether the networks are loaded; takes no lock, so that it never waits."""
+        return self._engine is not None
+
+    @property
     def engine(self) -> ReferenceEngine:
         """The networks, loaded on first use.
 

@@ -1,7 +1,8 @@
 """A pool without labels: the order that would be proposed, and a map of its images."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,15 @@ class Atlas:
 
 
 def survey(
-    pool: PoolView, labelled: Collection[str], strategy: str, count: int, *, seed: int = 0
+    pool: PoolView,
+    labelled: Collection[str],
+    strategy: str,
+    count: int,
+    *,
+    seed: int = 0,
+    held: Collection[str] = (),
+    exclude: Collection[str] = (),
+    risk: Mapping[str, float] | None = None,
 ) -> Atlas:
     """Ask a strategy for the next images and lay out the pool.
 
@@ -46,11 +55,16 @@ def survey(
         strategy: name of a ranking.
         count: how many proposals.
         seed: of the ranking.
+        held: images that somebody is at work on, as good as labelled.
+        exclude: images that are not to be proposed.
+        risk: see `Ranking.set_risk`.
     """
     ranking = make_ranking(strategy, pool, seed)
-    ranking.add_labelled(labelled)
-    order = tuple(ranking.next(n=count))
-    known = {*labelled, *(proposal.image_id for proposal in order)}
+    if risk is not None:
+        ranking.set_risk(risk)
+    ranking.add_labelled(sorted({*labelled, *held}))
+    order = tuple(ranking.next(exclude, n=count))
+    known = {*labelled, *held, *(proposal.image_id for proposal in order)}
     likeness = _likeness(pool, known)
     others = [row for row in np.argsort(likeness, kind="stable") if pool.ids[row] not in known]
     far = others[: int(np.ceil(FAR_SHARE * len(pool)))]
@@ -83,22 +97,31 @@ def project(vectors: FloatArray) -> tuple[FloatArray, float]:
     return (centered @ main).astype(np.float32), share
 
 
-def chart(atlas: Atlas) -> str:
-    """The map as SVG."""
+def chart(atlas: Atlas, *, most: int | None = None) -> str:
+    """The map as SVG.
+
+    Args:
+        atlas: of `survey`.
+        most: points drawn of each group, evenly spread over the names; None: all.
+    """
     row = {image_id: number for number, image_id in enumerate(atlas.ids)}
     following = [proposal.image_id for proposal in atlas.order]
     special = {*atlas.labelled, *following, *atlas.far}
 
-    def places(ids: Sequence[str]) -> FloatArray:
-        return atlas.places[[row[image_id] for image_id in ids]]
+    def points(name: str, ids: Sequence[str], *look: Any) -> Points:
+        rows = [row[image_id] for image_id in ids]
+        if most is not None and len(rows) > most:
+            name = f"{name}: {len(rows)}, drawn"
+            rows = [rows[int((n + 0.5) * len(rows) / most)] for n in range(most)]
+        return Points(name, atlas.places[rows], *look)
 
     numbers = tuple(str(place) for place in range(1, len(following) + 1))
     return scatter(
         [
-            Points("others", places([i for i in atlas.ids if i not in special]), "#b9c1c8", 26),
-            Points("far from everything", places(atlas.far), "#D55E00", 60, "X"),
-            Points("labelled", places(atlas.labelled), "#009E73", 60, "s"),
-            Points("next, in order", places(following), "#0072B2", 70, "o", numbers),
+            points("others", [i for i in atlas.ids if i not in special], "#b9c1c8", 26),
+            points("far from everything", atlas.far, "#D55E00", 60, "X"),
+            points("labelled", atlas.labelled, "#009E73", 60, "s"),
+            points("next, in order", following, "#0072B2", 70, "o", numbers),
         ],
         title=f"The pool; both axes together show {atlas.explained:.0%} of its variance",
     )

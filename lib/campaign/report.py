@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from lib.evaluation.charts import Line, curves
 from lib.evaluation.pictures import COLORS, Panel, data_address
 from lib.imaging.slices import cut, cut_labels
 from lib.types import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 84  # pixels high
@@ -143,17 +146,22 @@ def write_html(
 
 def render(template: str, **content: object) -> str:
     """Fill a template of this room; what is text is escaped, what is a chart is not."""
+    return templates(TEMPLATES).get_template(template).render(**content)
+
+
+def templates(folder: Path) -> "Environment":
+    """The templates of a folder: all text that they are given is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
+    found = Environment(
+        loader=FileSystemLoader(folder, encoding="utf-8"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    return environment.get_template(template).render(**content)
+    found.filters["number"] = number
+    return found
 
 
 def number(value: float | None, digits: int = 3) -> str:

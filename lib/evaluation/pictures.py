@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from lib.durable import publish, stage
 from lib.types import FloatArray, IntArray
@@ -25,9 +26,21 @@ class Panel:
 def data_address(panel: Panel, height: int) -> str:
     """A panel as a `data:` address of a small JPEG, its labels outlined: a page can hold it."""
     import base64
+
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(panel, height)).decode()
+
+
+def jpeg(panel: Panel, height: int, *, numbered: bool = False) -> bytes:
+    """A panel as a JPEG, its labels outlined.
+
+    Args:
+        panel: what to draw.
+        height: rows.
+        numbered: write each label's number on it, for who cannot tell the colors apart.
+    """
     import io
 
-    from PIL import Image
+    from PIL import Image, ImageDraw
     from scipy.ndimage import binary_erosion
 
     picture = panel.picture if panel.picture.ndim == 3 else np.dstack([panel.picture] * 3)
@@ -35,6 +48,7 @@ def data_address(panel: Panel, height: int) -> str:
     width = max(1, round(height * columns / rows))
     small = Image.fromarray((np.clip(picture, 0, 1) * 255).astype(np.uint8))
     pixels = np.array(small.resize((width, height), Image.Resampling.BILINEAR))
+    places: dict[int, tuple[int, int]] = {}
     if panel.labels is not None:
         # looked up, not interpolated: the numbers are names
         row = (np.arange(height) + 0.5) * rows / height
@@ -45,9 +59,27 @@ def data_address(panel: Panel, height: int) -> str:
             edge = mask & ~binary_erosion(mask, iterations=2 if height > 150 else 1)
             color = COLORS[(int(value) - 1) % len(COLORS)]
             pixels[edge] = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+            places[int(value)] = _inside(mask)
+    shown = Image.fromarray(pixels)
+    if numbered:
+        draw = ImageDraw.Draw(shown)
+        for value, place in places.items():
+            draw.text(
+                place, str(value), fill="white", stroke_fill="black", stroke_width=2,
+                anchor="mm", font_size=max(11, height // 18),
+            )  # fmt: skip
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    shown.save(stream, "JPEG", quality=85)
+    return stream.getvalue()
+
+
+def _inside(mask: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    """Column and row of the point that lies deepest inside a mask (H, W)."""
+    from scipy.ndimage import distance_transform_edt
+
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    return int(column), int(row)
 
 
 def contact_sheet(path: Path, rows: Sequence[Sequence[Panel]], *, title: str = "") -> None:

@@ -220,15 +220,16 @@ class MemoryBank:
 
     def status(self) -> BankStatus:
         """The bank in numbers."""
+        size, failed = _bytes_in(self._folder), self._failed()  # requests need not wait for these
 
         def read(view: View) -> BankStatus:
             return BankStatus(
                 images=view.images,
                 slices=len(view),
                 labels=tuple(view.counts()),
-                bytes=_bytes_in(self._folder),
+                bytes=size,
                 generation=view.generation,
-                failed=self._failed(),
+                failed=failed,
             )
 
         return self._with_view(read)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -260,6 +260,13 @@ class ModelStore:
 
     def _lock(self) -> "_Locked":
         return _Locked(self.folder / ".lock")
+
+
+def state_of(version: int, history: Sequence[int]) -> str:
+    """What a person calls it: in use, one that was before it, or one that was never used."""
+    if version not in history:
+        return "set aside"
+    return "in use" if version == history[-1] else "before"
 
 
 class _Locked:

@@ -1,13 +1,11 @@
 """Trainer `matchseg`: a request becomes checked options, a training the platform's answer."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import psutil
 from fastapi import HTTPException
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
@@ -18,7 +16,8 @@ from lib.errors import RefSegError, RequestError
 from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
-from lib.trainers.site.loop import PROGRESS, SitePlan
+from lib.trainers.site.loop import SitePlan
+from lib.trainers.site.progress import read_progress
 from lib.trainers.site.training import (
     SCRATCH_RATE,
     WORKROOM,
@@ -61,21 +60,15 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
 
     def stats(self) -> dict[str, Any]:
         """The last training in the fields that clients read; {} before the first. Never raises."""
-        path = self._site.store.folder / WORKROOM / PROGRESS
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            running = bool(told["running"]) and psutil.pid_exists(int(told["pid"]))
-            found = {
-                "epoch": int(told["epoch"]),
-                "total_epochs": int(told["total_epochs"]),
-                "best_metric": float(told["best_metric"]),
-                "total_time": "" if running else _clock(float(told["seconds"])),
-            }
-        except FileNotFoundError:
+        told = read_progress(self._site.store.folder / WORKROOM)
+        if told is None:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("the training's progress cannot be told: %s", error)
-            return {}
+        found: dict[str, Any] = {
+            "epoch": told.epoch,
+            "total_epochs": told.total_epochs,
+            "best_metric": told.best,
+            "total_time": "" if told.running else _clock(told.seconds),
+        }
         card = self._site.card()
         if card is not None:
             found["model"] = {"version": card.version, "dice": card.dice, "date": card.date}

@@ -38,12 +38,14 @@ def models_list(
     as_json: AsJson = False,
 ) -> None:
     """Show the models of a studies folder, and which one is in use."""
+    from lib.site.store import state_of
+
     store = _site(studies, conf, site_models=site_models).store
     history = store.history()
     rows: list[dict[str, Any]] = [
         {
             "model": card.version,
-            "state": _state(card.version, history),
+            "state": state_of(card.version, history),
             "date": card.date,
             "dice": card.dice,
             "dice_before": card.dice_before,
@@ -113,12 +115,6 @@ def models_train(
     request = dict(text.partition("=")[::2] for text in option or ())
     answer = run_request(request, site, settings, store)
     _tell(answer, [{"what": key, "value": str(value)} for key, value in answer.items()], as_json)
-
-
-def _state(version: int, history: list[int]) -> str:
-    if version not in history:
-        return "set aside"
-    return "in use" if version == history[-1] else "before"
 
 
 def _site(studies: Path, conf: list[str] | None, **more: Any) -> Any:

@@ -1,0 +1,90 @@
+"""What a training has told of itself so far, read from its files by another process."""
+
+import csv
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lib.trainers.site.loop import LOG, PROGRESS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """The last training of a site, over or not.
+
+    Attributes:
+        epoch: epochs done.
+        total_epochs: at most so many.
+        best: best mean Dice in validation, 0..1.
+        best_epoch: when that was.
+        seconds: of training.
+        running: its process is alive, and has not said that it is done.
+    """
+
+    epoch: int
+    total_epochs: int
+    best: float
+    best_epoch: int
+    seconds: float
+    running: bool
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a training's log; `dice` in validation, 0..1."""
+
+    number: int
+    loss: float
+    dice: float
+    seconds: float
+
+
+def read_progress(folder: Path) -> TrainingProgress | None:
+    """What is told in the folder of a training; None before the first. Never raises."""
+    path = folder / PROGRESS
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return TrainingProgress(
+            epoch=int(told["epoch"]),
+            total_epochs=int(told["total_epochs"]),
+            best=float(told["best_metric"]),
+            best_epoch=int(told.get("best_epoch", 0)),
+            seconds=float(told["seconds"]),
+            running=bool(told["running"]) and psutil.pid_exists(int(told["pid"])),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("the training's progress cannot be told: %s", error)
+        return None
+
+
+def read_epochs(folder: Path) -> list[Epoch]:
+    """The lines of a training's log that can be read, oldest first. Never raises."""
+    found = []
+    try:
+        with (folder / LOG).open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                epoch = _epoch(row)
+                if epoch is not None:
+                    found.append(epoch)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        logger.warning("the training's log cannot be read: %s", error)
+    return found
+
+
+def _epoch(row: dict[str, Any]) -> Epoch | None:
+    try:
+        return Epoch(
+            int(row["epoch"]), float(row["loss"]), float(row["dice"]), float(row["seconds"])
+        )
+    except (KeyError, TypeError, ValueError):  # half a line, of a process that was killed
+        return None
