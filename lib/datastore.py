@@ -251,12 +251,15 @@ def labelled_images(datastore: Datastore, tags: Sequence[str] = (FINAL,)) -> lis
     else:
         if isinstance(datastore, LocalDatastore):
             datastore.refresh()
-        found = [_of_image(datastore, image_id, tags) for image_id in datastore.list_images()]
+        found = [labelled_image(datastore, image_id, tags) for image_id in datastore.list_images()]
     rows = [row for row in found if row is not None]
     return sorted(rows, key=lambda row: row.image_id)
 
 
-def _of_image(datastore: Datastore, image_id: str, tags: Sequence[str]) -> LabelledImage | None:
+def labelled_image(
+    datastore: Datastore, image_id: str, tags: Sequence[str] = (FINAL,)
+) -> LabelledImage | None:
+    """One image with its label of one of the tags, the first that it has; None without one."""
     present = datastore.get_labels_by_image_id(image_id)
     tag = next((tag for tag in tags if tag in present), None)
     if tag is None:
