@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.errors import ImageError
+from lib.imaging.dicom_series import dicom_volume
 from lib.imaging.geometry import Affine, Geometry
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def read_itk(path: Path) -> Volume:
     return _from_itk(path, reader.Execute())
 
 
-def read_dicom_folder(path: Path) -> Volume:
-    """Read the one DICOM series of a folder."""
+def dicom_files(path: Path) -> list[Path]:
+    """Files of the one DICOM series of a folder."""
     import SimpleITK
 
     series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
@@ -106,15 +107,29 @@ def read_dicom_folder(path: Path) -> Volume:
                 "or another kind of object. Copy it anew or take it out."
             )
             raise ImageError(msg)
+    return [Path(name) for name in names]
+
+
+def read_dicom_folder(path: Path) -> Volume:
+    """Read the one DICOM series of a folder."""
+    import SimpleITK
+
+    names = dicom_files(path)
     first = SimpleITK.ImageFileReader()
-    first.SetFileName(names[0])
+    first.SetFileName(str(names[0]))
     first.ReadImageInformation()
     _check_size(path, (*first.GetSize(), len(names)), 0, packed=True)
-    if len(names) == 1:
+    found = dicom_volume(path, names)
+    if found is None:
         return _from_itk(path, first.Execute())
-    reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(names)
-    return _from_itk(path, reader.Execute())
+    if found.frames is not None:
+        volume = _from_itk(path, first.Execute())
+        values = volume.values[:, :, list(found.frames)]
+    else:
+        reader = SimpleITK.ImageSeriesReader()
+        reader.SetFileNames([str(file) for file in found.files])
+        values = _from_itk(path, reader.Execute()).values
+    return Volume(values, found.geometry, 3)
 
 
 def is_dicom(path: Path) -> bool:
