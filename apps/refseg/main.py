@@ -27,6 +27,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.random import Random
 
+from apps.refseg.server.page_parts import Parts
 from lib.datastore import StudiesDatastore, label_names, labelled_images
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
@@ -69,6 +70,17 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             name="RefSeg",
             description="Label a few, the others are segmented by reference to them",
             version=VERSION,
+        )
+
+    def parts(self) -> Parts:
+        """What the pages of `serve` look at."""
+        return Parts(
+            runtime=self._runtime,
+            site=self._site,
+            desk=self._desk,
+            reviewer=self._reviewer,
+            task=self._task,
+            datastore=self.datastore(),
         )
 
     def init_datastore(self) -> Datastore:

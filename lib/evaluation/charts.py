@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ STYLE = {
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
 }
+_STYLED = threading.Lock()  # matplotlib has one style for all threads
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def curves(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, "svg.hashsalt": title}):
+    with _STYLED, rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=FIGURE, layout="constrained")
         axis = figure.add_subplot()
         for number, line in enumerate(lines):
@@ -86,7 +88,7 @@ def scatter(groups: Sequence[Points], *, title: str) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, "svg.hashsalt": title, "axes.grid": False}):
+    with _STYLED, rc_context({**STYLE, "svg.hashsalt": title, "axes.grid": False}):
         figure = Figure(figsize=(8.4, 6.0), layout="constrained")
         axis = figure.add_subplot()
         for group in groups:

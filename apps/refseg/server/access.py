@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Form
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from apps.refseg.server.answers import send_problem
 from apps.refseg.server.options import LOOPBACK, ServeOptions
+from apps.refseg.server.page_login import LOG_IN, OPEN_PAGES, Sessions, is_page
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # say nothing of the studies
 LOG_IN_PATHS = frozenset({"/auth/", "/auth/token"})  # 3D Slicer asks these before it has a token
@@ -51,8 +52,18 @@ class Tokens:
 class Guard:
     """Refuses what comes from elsewhere or without a token, before anything of it is read."""
 
-    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, sessions: Sessions | None = None
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            app: what is guarded.
+            options: see there.
+            sessions: of browsers that have logged in to our pages; None: there are no pages.
+        """
         self._app = app
+        self._sessions = sessions or Sessions()
         self._tokens = Tokens(options.tokens)
         self._origins = frozenset(origin.rstrip("/").lower() for origin in options.cors_origins)
         hosts = frozenset(host.lower() for host in options.allowed_hosts)
@@ -73,9 +84,11 @@ class Guard:
         elif not self._same_origin(headers):
             text = "A page of another origin may not call this server; --cors-origin adds one."
             await send_problem(send, 403, text)
-        elif self._needs_token(scope) and not self._tokens.accept_header(
-            headers.get("authorization", "")
-        ):
+        elif not self._needs_token(scope) or self._sessions.let_in(scope):
+            await self._app(scope, receive, send)
+        elif is_page(scope["path"]) and "authorization" not in headers:
+            await RedirectResponse(LOG_IN, 303)(scope, receive, send)
+        elif not self._tokens.accept_header(headers.get("authorization", "")):
             text = "A token is needed: Authorization: Bearer TOKEN (docs/security.md)."
             await send_problem(send, 401, text, {"WWW-Authenticate": CHALLENGE})
         else:
@@ -91,7 +104,7 @@ class Guard:
         )
 
     def _needs_token(self, scope: Scope) -> bool:
-        if not self._tokens or scope["path"] in OPEN_PATHS | LOG_IN_PATHS:
+        if not self._tokens or scope["path"] in OPEN_PATHS | LOG_IN_PATHS | OPEN_PAGES:
             return False
         # a browser asks without credentials whether it may call; CORS answers that
         return not (scope["method"] == "OPTIONS" and self._origins)

@@ -48,12 +48,14 @@ class Lanes:
         sample: one at a time, so that no two clients are given the same image.
         tasks: starts of training, scoring and batches, whose platform code is not made for threads.
         general: all else, which is quick.
+        page: our own pages, which read images to draw them.
     """
 
     infer: Lane
     sample: Lane
     tasks: Lane
     general: Lane
+    page: Lane
 
     @classmethod
     def of(cls, options: ServeOptions) -> "Lanes":
@@ -63,11 +65,12 @@ class Lanes:
             sample=Lane("sample", at_once=1, waiting=256),
             tasks=Lane("tasks", at_once=1, waiting=16),
             general=Lane("general", at_once=16, waiting=1024),
+            page=Lane("page", at_once=3, waiting=256),
         )
 
     def all(self) -> tuple[Lane, ...]:
         """In no order."""
-        return self.infer, self.sample, self.tasks, self.general
+        return self.infer, self.sample, self.tasks, self.general, self.page
 
     def for_route(self, path: str, methods: "set[str]") -> Lane:
         """The lane of a route."""
@@ -179,7 +182,7 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
             return await lane.run(
                 functools.partial(_answer, endpoint, given, infer=route.path.startswith("/infer")),
                 client=client_of(given, client),
-                gone=_until_gone(request),
+                gone=until_gone(request),
             )
         except ClientGoneError as error:
             background = given.get("background_tasks")
@@ -222,7 +225,7 @@ def _run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError(msg)
 
 
-async def _until_gone(request: Request) -> None:
+async def until_gone(request: Request) -> None:
     """Wait until the client closes its connection; the body has been read by now."""
     while (await request.receive())["type"] != "http.disconnect":
         await asyncio.sleep(0)

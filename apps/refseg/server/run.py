@@ -90,12 +90,15 @@ def application(
     from apps.refseg.server.health import health_routes
     from apps.refseg.server.limits import Limits
     from apps.refseg.server.observe import Metrics, Observe
+    from apps.refseg.server.page import page_routes
+    from apps.refseg.server.page_login import Sessions
     from apps.refseg.server.platform import build
 
-    metrics = Metrics(lanes)
-    routers = [health_routes(metrics, studies=studies, stopping=stopping), *more]
-    if options.tokens:
-        routers.append(log_in_routes(Tokens(options.tokens)))
+    metrics, tokens, sessions = Metrics(lanes), Tokens(options.tokens), Sessions()
+    pages = page_routes(lanes, tokens=tokens, sessions=sessions, secure=bool(options.tls_cert))
+    routers = [health_routes(metrics, studies=studies, stopping=stopping), pages, *more]
+    if tokens:
+        routers.append(log_in_routes(tokens))
     layered: ASGIApp = Limits(build(lanes, routers), options)
     if options.cors_origins:
         layered = CORSMiddleware(
@@ -104,7 +107,7 @@ def application(
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["authorization", "content-type"],
         )
-    return Observe(Guard(layered, options), metrics)
+    return Observe(Guard(layered, options, sessions), metrics)
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
