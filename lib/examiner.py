@@ -15,7 +15,7 @@ from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.slices import cut, cut_labels
 from lib.memory.bank import MemoryBank
 from lib.segmenter import ReferenceEngine
-from lib.types import Features, IntArray, LabelledImage, Match, Memory, SliceKey
+from lib.types import Features, IntArray, LabelledImage, Match, Memory, SliceKey, Study
 
 Mask = npt.NDArray[np.bool_]
 
@@ -118,6 +118,7 @@ class Examiner:
         height, width = pictures[0].shape[:2]
         decisions = [Decision(len(names), len(slices)) for _ in range(3)]  # all, and two halves
         looked: list[_Looked] = []
+        study = self._engine.study(bank)
         for start in range(0, len(slices) if names else 0, self._batch):
             chunk = slices[start : start + self._batch]
             images = [pictures[index] for index in chunk]
@@ -132,7 +133,9 @@ class Examiner:
             )
             for index, feature, matches in zip(chunk, features, groups, strict=True):
                 if matches:
-                    looked.append(self._look(bank, index, feature, matches, names, decisions))
+                    looked.append(
+                        self._look(bank, index, feature, matches, names, study, decisions)
+                    )
         masks = (
             np.stack([decisions[0].draw(i, (height, width)) for i in slices])
             if slices
@@ -141,7 +144,7 @@ class Examiner:
         tally = EvidenceTally()
         self._count(looked, names, decisions, tally)
         by_number = dict(zip(slices, masks, strict=True))
-        self._reverse(looked, by_number, names, known_images, tally)
+        self._reverse(looked, by_number, names, known_images, study, tally)
         return Examination(masks, tuple(slices), names, {name: tally.of(name) for name in names})
 
     def _look(
@@ -151,6 +154,7 @@ class Examiner:
         features: Features,
         matches: Sequence[Match],
         names: tuple[str, ...],
+        study: Study,
         decisions: Sequence[Decision],
     ) -> _Looked:
         memories, known = bank.load([match.key for match in matches], names)
@@ -166,7 +170,9 @@ class Examiner:
             if not len(rows):
                 continue
             chosen = [replace(memories[v], labels=memories[v].labels[rows]) for v in voters]
-            prediction = self._engine.segmenter.segment(features, chosen, known[voters][:, rows])
+            prediction = self._engine.segmenter.segment(
+                features, chosen, known[voters][:, rows], study
+            )
             decision.add(index, prediction.scores, rows.tolist())
             if decision is decisions[0]:
                 side = prediction.scores.shape[-1]
@@ -233,6 +239,7 @@ class Examiner:
         masks: Mapping[int, IntArray],
         names: tuple[str, ...],
         known_images: Mapping[str, LabelledImage],
+        study: Study,
         tally: EvidenceTally,
     ) -> None:
         """Segment references back by the prediction, as if it were the truth."""
@@ -247,7 +254,8 @@ class Examiner:
             memory = self._engine.segmenter.remember(one.features, stack)
             usable = [m.key for m in one.matches if m.key.image_id in known_images]
             for key in usable[:REVERSED_REFERENCES]:
-                self._one_back(memory, key, [names[row] for row in present], known_images, found)
+                shown = [names[row] for row in present]
+                self._one_back(memory, key, shown, known_images, study, found)
         for name, values in found.items():
             if values:
                 tally.set(name, "reverse", float(np.mean(values)))
@@ -258,11 +266,12 @@ class Examiner:
         key: SliceKey,
         names: Sequence[str],
         known_images: Mapping[str, LabelledImage],
+        study: Study,
         found: dict[str, list[float]],
     ) -> None:
         features, truth = self._reference(key, known_images[key.image_id])
         known = torch.ones((1, len(names)), dtype=torch.bool)
-        prediction = self._engine.segmenter.segment(features, [memory], known)
+        prediction = self._engine.segmenter.segment(features, [memory], known, study)
         shape = next(iter(truth.values())).shape if truth else (1, 1)
         values = merge(prediction.scores, (shape[0], shape[1]))
         for row, name in enumerate(names):

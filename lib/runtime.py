@@ -248,6 +248,7 @@ class Runtime:
                 if cold:
                     self.warm_up()
                 self.sync(list_labels)
+                self.engine.study(self.bank)  # ahead of the request that follows
             except RefSegError as error:
                 logger.error("the bank could not be brought up to date: %s", error)
             except Exception:

@@ -11,7 +11,7 @@ import torch
 
 from lib.annotation import Annotation
 from lib.confidence.evidence import Evidence, EvidenceTally
-from lib.types import IntArray, Match, Prediction, SliceKey
+from lib.types import IntArray, Match, Prediction, SliceKey, Study
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Segmentation:
         message: what a person should know; empty when all is as expected.
         evidence: what speaks for each label's mask, own slices left out.
         own_share: of each label's area, what the annotator drew.
+        study: what the bank's labels said of how to segment.
     """
 
     label_map: IntArray
@@ -67,6 +68,7 @@ class Segmentation:
     message: str = ""
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     own_share: Mapping[str, float] = field(default_factory=dict)
+    study: Study = field(default_factory=Study)
 
 
 class Tally:

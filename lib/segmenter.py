@@ -4,8 +4,10 @@ It knows pictures, memories and matches, and nothing of servers or datastores.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,9 +16,11 @@ import torch
 from lib.annotation import Annotation, put_back, read_annotation
 from lib.decision import Decision
 from lib.errors import RequestError
+from lib.examples import examples_of
 from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.slices import assemble, cut, cut_labels, through_plane_axis
 from lib.memory.bank import MemoryBank
+from lib.memory.records import BankVersion
 from lib.models.protocol import Embedder, ReferenceSegmenter
 from lib.segmentation import Options, Segmentation, Stopwatch, Tally, message_for
 from lib.types import (
@@ -26,6 +30,7 @@ from lib.types import (
     Match,
     Reference,
     SliceKey,
+    Study,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,6 +89,8 @@ class ReferenceEngine:
         self._window = window
         self._axis = axis
         self._batch = batch
+        self._study_lock = threading.Lock()
+        self._studied: tuple[tuple[Path, BankVersion], Study] | None = None
 
     # -- labelled image -> references ---------------------------------------------------------
 
@@ -127,6 +134,16 @@ class ReferenceEngine:
         count = min(POOL_SLICES, len(pictures))
         indices = [int((n + 0.5) * len(pictures) / count) for n in range(count)]
         return self._encode_and_embed([pictures[index] for index in indices])[1]
+
+    def study(self, bank: MemoryBank) -> Study:
+        """What the bank's labels say of how to segment; learned anew when they have changed."""
+        with self._study_lock:
+            version = bank.version
+            if self._studied is None or self._studied[0] != (bank.folder, version):
+                learned = self.segmenter.study_of(examples_of(bank))
+                self._studied = (bank.folder, version), learned
+                logger.info("the labels say: place counts %g times as much", learned.place)
+            return self._studied[1]
 
     # -- image -> segmentation ----------------------------------------------------------------
 
@@ -173,6 +190,8 @@ class ReferenceEngine:
         if annotation is not None and annotation.axis == axis and annotation.labels >= set(names):
             todo = [index for index in todo if index not in set(annotation.slices)]
         own_slices = _own_slices(bank, own, names, annotation)
+        with watch("study"):
+            study = self.study(bank) if todo else Study()
         decision = Decision(len(names), len(todo))
         done = 0
         for chunk in _chunks(todo, self._batch):
@@ -183,7 +202,7 @@ class ReferenceEngine:
                 groups = self._matches(bank, embeddings, names, options, own_slices)
             for row, index in enumerate(chunk):
                 self._segment_slice(
-                    bank, features[row], groups[row], names, index, decision, tally, watch
+                    bank, features[row], groups[row], names, index, study, decision, tally, watch
                 )
             done += len(chunk)
             if on_progress is not None:
@@ -207,6 +226,7 @@ class ReferenceEngine:
             message=message_for(names, unknown),
             evidence={name: tally.evidence(name) for name in names},
             own_share={name: tally.own_share(name) for name in names},
+            study=study,
         )
 
     def _encode_and_embed(self, images: Sequence[FloatArray]) -> tuple[list[Features], FloatArray]:
@@ -245,6 +265,7 @@ class ReferenceEngine:
         matches: Sequence[Match],
         names: tuple[str, ...],
         index: int,
+        study: Study,
         decision: Decision,
         tally: Tally,
         watch: Stopwatch,
@@ -260,7 +281,7 @@ class ReferenceEngine:
             if not bool(asked.all()):
                 memories = [replace(memory, labels=memory.labels[rows]) for memory in memories]
                 known = known[:, rows]
-            prediction = self.segmenter.segment(features, memories, known)
+            prediction = self.segmenter.segment(features, memories, known, study)
         with watch("merge"):
             decision.add(index, prediction.scores, rows.tolist())
             tally.add(index, prediction, [names[row] for row in rows], matches, known)

@@ -6,7 +6,7 @@ of one reference; *embedding* = one L2-normalised vector per slice; *label map* 
 L labels; R references; E embedding size; S working size of a network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +69,33 @@ class Prediction:
     scores: torch.Tensor
     presence: torch.Tensor
     quality: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the labels of a study say of how its images are to be segmented.
+
+    Attributes:
+        place: how much a reference's place counts against its looks, 1 as in training. Organs in
+            scans taken alike are found by their place; a polyp may be anywhere.
+    """
+
+    place: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A labelled slice and the references that it would be segmented by, were it not labelled.
+
+    Attributes:
+        memory: of the slice; L rows.
+        references: R >= 1 memories of other images, rows for the same labels.
+        known: (R, L) bool, which reference was annotated for which label.
+    """
+
+    memory: Memory
+    references: Sequence[Memory]
+    known: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The engine: which references are asked, whose labels win, and what is given back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -12,9 +12,10 @@ from lib.annotation import put_back, read_annotation
 from lib.errors import RequestError
 from lib.imaging.io import ImageVolume, read_image
 from lib.memory.bank import MemoryBank
+from lib.models.protocol import AS_TRAINED
 from lib.segmentation import Options, Segmentation
 from lib.segmenter import ReferenceEngine
-from lib.types import Features, FloatArray, LabelledImage, Memory, Prediction
+from lib.types import Example, Features, FloatArray, LabelledImage, Memory, Prediction, Study
 
 SIZE = 16
 SHAPE = (SIZE, SIZE, 6)
@@ -40,8 +41,15 @@ class Averager:
         assert masks.shape[1:] == features.maps[0].shape[:2]
         return Memory(torch.zeros(1), masks.float())
 
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        return Study()
+
     def segment(
-        self, query: Features, references: Sequence[Memory], known: torch.Tensor
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: torch.Tensor,
+        study: Study = AS_TRAINED,
     ) -> Prediction:
         assert known.any(0).all(), "each label must be known to a reference"
         self.asked.append((len(references), known.tolist()))
@@ -74,9 +82,9 @@ def studio(tmp_path: Path) -> "Studio":
 class Studio:
     """Images and label maps on disk, an engine and a bank over them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, averager: Averager | None = None) -> None:
         self.folder = folder
-        self.averager = Averager()
+        self.averager = averager or Averager()
         self.labelled: list[LabelledImage] = []
         self.engine = ReferenceEngine(self.averager, Thumbnail(), batch=4)
         self.bank = MemoryBank(folder / "bank", "test", self.engine.references_of)
@@ -300,3 +308,45 @@ def test_a_pool_embedding_is_of_inner_slices(studio: Studio) -> None:
     vectors = studio.engine.embed_image(read_image(studio.image("query")))
     assert vectors.shape == (5, SIZE * SIZE)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+class Surveyor(Averager):
+    """Counts how often it was asked for a study, and notes by which study it segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: list[list[Example]] = []
+        self.studies: list[Study] = []
+
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        self.examples.append(list(examples))
+        return Study(place=float(1 + len(self.examples)))
+
+    def segment(
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: torch.Tensor,
+        study: Study = AS_TRAINED,
+    ) -> Prediction:
+        self.studies.append(study)
+        return super().segment(query, references, known, study)
+
+
+def test_the_study_is_learned_once_for_each_state_of_the_labels(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, Surveyor())
+    surveyor = studio.averager
+    assert isinstance(surveyor, Surveyor)
+    for n, name in enumerate("abc"):
+        studio.label(name, annotate(2), n)
+    query = studio.image("query", 9)
+    first = studio.segment(query)
+    assert studio.segment(query).study == first.study == Study(2.0)
+    assert len(surveyor.examples) == 1
+    assert len(surveyor.examples[0]) == 3
+    for example in surveyor.examples[0]:  # an image never votes for itself
+        assert len(example.references) == 2
+        assert example.known.all()
+    studio.label("d", annotate(3), 4)
+    assert studio.segment(query).study == Study(3.0)
+    assert set(surveyor.studies) == {Study(2.0), Study(3.0)}

@@ -107,7 +107,7 @@ def _write_provenance(
         for name, rows in found.references.items()
     }
     told = {key: row[key] for key in ("image", "mask", "label_names", "confidence", "message")}
-    made = provenance_of(runtime, runtime.options)
+    made = provenance_of(runtime, runtime.options, found.study)
     write_json(target, {**told, **made, "references": references})
 
 

@@ -8,7 +8,7 @@ that the first answer is rounded as the remembered ones are.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from lib.models.protocol import Embedder, ReferenceSegmenter
-from lib.types import Features, FloatArray, Memory, Prediction
+from lib.models.protocol import AS_TRAINED, Embedder, ReferenceSegmenter
+from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
 
 _GIB = 1 << 30
 
@@ -81,22 +81,31 @@ class RememberingSegmenter:
         """See `ReferenceSegmenter.remember`; the bank keeps memories already."""
         return self._segmenter.remember(features, masks)
 
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        """See `ReferenceSegmenter.study_of`."""
+        return self._segmenter.study_of(examples)
+
     def segment(
-        self, query: Features, references: Sequence[Memory], known: torch.Tensor
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: torch.Tensor,
+        study: Study = AS_TRAINED,
     ) -> Prediction:
         """See `ReferenceSegmenter.segment`; the same references in any order are one question."""
         picture = self._pictures.get(query)
         if picture is None:
-            return self._segmenter.segment(query, references, known)
+            return self._segmenter.segment(query, references, known, study)
         marks = sorted(_mark(m, row) for m, row in zip(references, known.tolist(), strict=True))
-        question = blake2b(picture + b"".join(marks), digest_size=16).digest()
+        asked = picture + b"".join(marks) + repr(study).encode()
+        question = blake2b(asked, digest_size=16).digest()
         self.asked += 1
         with self._lock:
             if question in self._answers:
                 self._answers.move_to_end(question)
                 return _widened(self._answers[question])
         start = perf_counter()
-        answer = self._segmenter.segment(query, references, known)
+        answer = self._segmenter.segment(query, references, known, study)
         self.seconds += perf_counter() - start
         self.answered += 1
         kept = Prediction(answer.scores.half(), answer.presence.half(), answer.quality.half())

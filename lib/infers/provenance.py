@@ -1,5 +1,6 @@
 """Where a mask came from: what made it, from which references, with which settings, and when."""
 
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
@@ -7,12 +8,13 @@ import torch
 
 from lib.runtime import Runtime
 from lib.segmentation import Options
+from lib.types import Study
 
 RELEASE = "0.1.0"  # pyproject.toml has the same, which a test compares
 SETTINGS = ("annotation", "window", "axis", "labels", "tags", "device")
 
 
-def provenance_of(runtime: Runtime, options: Options) -> dict[str, Any]:
+def provenance_of(runtime: Runtime, options: Options, study: Study) -> dict[str, Any]:
     """All that the answer's other parameters do not say, as JSON.
 
     The fingerprints hold digests of the weights: another file of weights, another fingerprint.
@@ -26,6 +28,7 @@ def provenance_of(runtime: Runtime, options: Options) -> dict[str, Any]:
         "segmenter": {"name": engine.segmenter.name, "weights": engine.segmenter.fingerprint},
         "embedder": {"name": engine.embedder.name, "weights": engine.embedder.fingerprint},
         "bank": {"generation": version.generation, "fingerprint": version.fingerprint},
+        "study": asdict(study),
         "settings": {
             "k": options.k,
             "cap_per_case": options.cap_per_case,

@@ -147,7 +147,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         seconds = {"read": read - start, "sync": synced - read, **found.seconds}
         seconds |= {"write": end - written, "total": end - start}
         params = self._params(found, values, seconds)
-        params["provenance"] = provenance_of(self._runtime, wanted.options)
+        params["provenance"] = provenance_of(self._runtime, wanted.options, found.study)
         params["warnings"] = [
             f"The label of {image_id} is not used: {why}" for image_id, why in report.failed
         ]

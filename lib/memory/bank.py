@@ -194,6 +194,13 @@ class MemoryBank:
                 found.append(Reference(entry.key, stored.embedding, here, known - here, memory))
         return found
 
+    def sample(self, count: int) -> list[SliceKey]:
+        """References of up to `count` images, one of each: a slice that shows most labels.
+
+        The images are drawn by their ids alone, so that most stay the same when others come.
+        """
+        return self._with_view(lambda view: view.sample(count))
+
     def own_slices(self, image_id: str) -> list[SliceKey]:
         """The reference slices of an image, in order."""
         return self._with_view(lambda view: view.keys_of(image_id))

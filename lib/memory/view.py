@@ -1,9 +1,11 @@
 """The catalogue in memory: who is where, and the nearest references of a query slice."""
 
+import heapq
 import sqlite3
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from lib.types import FloatArray, Match, SliceKey
 
 _GONE_KEPT = 20_000
 _TIES_LOOKED_AT = 8
+_LOOKED_AT = 4  # images for each that is drawn: some show no label
 
 Found = list[tuple[int, float]]
 
@@ -122,6 +125,19 @@ class View:
     def keys_of(self, image_id: str) -> list[SliceKey]:
         """The slices of one image, sorted."""
         return sorted(self._by_image.get(image_id, {}))
+
+    def sample(self, count: int) -> list[SliceKey]:
+        """See `MemoryBank.sample`."""
+        drawn = heapq.nsmallest(
+            _LOOKED_AT * count, self._by_image, key=lambda one: (crc32(one.encode()), one)
+        )
+        found = []
+        for image_id in drawn:
+            ids = self._by_image[image_id]
+            key = max(sorted(ids), key=lambda key: len(self._entries[ids[key]].stored.present))
+            if self._entries[ids[key]].stored.present:
+                found.append(key)
+        return found[:count]
 
     def find(self, key: SliceKey) -> Entry | None:
         """A reference, also one that was dropped a moment ago: its file is still there."""

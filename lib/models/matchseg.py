@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from lib.durable import publish, stage
 from lib.errors import RefSegError, WeightsError
 from lib.models.devices import in_batches, is_out_of_memory
 from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
-from lib.types import Features, FloatArray, Memory, Prediction
+from lib.models.protocol import AS_TRAINED
+from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
 
 BUNDLED = Path(__file__).parent / "bundled" / "matchseg.safetensors"
 THUMBNAIL = 16  # side of the small grey picture in the embedding
@@ -24,6 +25,7 @@ THUMBNAIL_WEIGHT = 0.7
 ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
+PLACES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # weights of place that a study may choose
 VERSION = 2  # raised when a stored memory would no longer fit although the weights are the same
 
 
@@ -161,8 +163,43 @@ class MatchSegSegmenter:
         image = _with_embedding(kept.descriptor[0].cpu(), torch.from_numpy(features.embedding))
         return Memory(image=image.half(), labels=torch.cat(rows, 1).half().cpu())
 
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        """See `ReferenceSegmenter.study_of`: the weight of place by which references vote best.
+
+        Another weight than in training's is taken where the votes for labelled slices, each left
+        out in turn, are better by it: on average, and by more than the standard error of that.
+        """
+        places = torch.tensor(PLACES, device=self._device)
+        losses = torch.stack([self._vote_losses(e, places) for e in examples] or [places * 0])
+        gains = (losses[:, PLACES.index(1.0), None] - losses).double()
+        gains = gains[gains.isfinite().all(1)]
+        if len(gains) < 2:
+            return Study()
+        mean, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5
+        mean = torch.where(mean > error, mean, 0)
+        return Study(place=PLACES[int(mean.argmax())] if bool((mean > 0).any()) else 1.0)
+
     @torch.inference_mode()
-    def segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
+    def _vote_losses(self, example: Example, places: Tensor) -> Tensor:
+        cells = (self.size // 8) ** 2
+        query = self._remembered([example.memory])
+        memory = self._remembered(example.references)
+        similarity = self._similarity(example.references, _embedding(example.memory, cells))
+        one = Remembered(
+            query.descriptor[0], query.mask8[0], query.tokens, query.sums4, query.sums2
+        )
+        trust, _ = self._net.trust(similarity[None])
+        known = example.known.to(self._device)
+        return self._net.vote_losses(one, memory, known, trust[0], places).cpu()
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: Tensor,
+        study: Study = AS_TRAINED,
+    ) -> Prediction:
         """See `ReferenceSegmenter.segment`.
 
         Raises:
@@ -170,34 +207,47 @@ class MatchSegSegmenter:
                 head to believe, the rival), so some at a time would give another result.
         """
         with _room_for(known.shape[1], len(references)):
-            return self._segment(query, references, known)
+            return self._segment(query, references, known, study)
 
-    def _segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
-        cells, tokens = (self.size // 8) ** 2, (self.size // 16) ** 2
-        width = self._net.config.tokens
-        rows = torch.stack([m.labels for m in references]).to(self._device).float()  # (R, L, ..)
-        mask8, flat, sums4, sums2 = rows.split(
-            [cells, tokens * width, 2 * (FINE4 + 1), 2 * (FINE2 + 1)], dim=-1
-        )
-        images = torch.stack([m.image for m in references]).float()  # (R, P + rows, 152)
+    def _segment(
+        self, query: Features, references: Sequence[Memory], known: Tensor, study: Study
+    ) -> Prediction:
         assert query.embedding is not None
-        embedding = torch.from_numpy(query.embedding)
-        similarity = images[:, cells:].flatten(1)[:, : len(embedding)] @ embedding  # (R,)
-        memory = Remembered(
-            descriptor=images[:, :cells].to(self._device)[None],
-            mask8=mask8[None],
-            tokens=flat.unflatten(-1, (tokens, width))[None],
-            sums4=sums4.unflatten(-1, (2, FINE4 + 1))[None] / SUM_SCALE,
-            sums2=sums2.unflatten(-1, (2, FINE2 + 1))[None] / SUM_SCALE,
-        )
+        similarity = self._similarity(references, torch.from_numpy(query.embedding))
+        memory = self._remembered(references)
         output = self._net.segment(
-            _batch(query), memory, known.to(self._device)[None], similarity.to(self._device)[None]
+            _batch(query),
+            Remembered(*(getattr(memory, one.name)[None] for one in fields(memory))),
+            known.to(self._device)[None],
+            similarity[None],
+            study.place,
         )
         return Prediction(
             scores=output.scores[0].cpu(),
             presence=output.presence[0].sigmoid().cpu(),
             quality=output.quality[0].sigmoid().cpu(),
         )
+
+    def _remembered(self, references: Sequence[Memory]) -> Remembered:
+        cells, tokens = (self.size // 8) ** 2, (self.size // 16) ** 2
+        width = self._net.config.tokens
+        rows = torch.stack([m.labels for m in references]).to(self._device).float()  # (R, L, ..)
+        mask8, flat, sums4, sums2 = rows.split(
+            [cells, tokens * width, 2 * (FINE4 + 1), 2 * (FINE2 + 1)], dim=-1
+        )
+        return Remembered(
+            descriptor=torch.stack([m.image[:cells] for m in references]).to(self._device).float(),
+            mask8=mask8,
+            tokens=flat.unflatten(-1, (tokens, width)),
+            sums4=sums4.unflatten(-1, (2, FINE4 + 1)) / SUM_SCALE,
+            sums2=sums2.unflatten(-1, (2, FINE2 + 1)) / SUM_SCALE,
+        )
+
+    def _similarity(self, references: Sequence[Memory], embedding: Tensor) -> Tensor:
+        """Cosines (R,) of pictures with the one that this is the embedding (E,) of."""
+        cells = (self.size // 8) ** 2
+        theirs = torch.stack([_embedding(m, cells) for m in references])
+        return (theirs[:, : len(embedding)] @ embedding).to(self._device)
 
     def _fit(self, image: FloatArray) -> Tensor:
         picture = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
@@ -253,6 +303,11 @@ def _with_embedding(descriptor: Tensor, embedding: Tensor) -> Tensor:
     width = descriptor.shape[1]
     padded = F.pad(embedding, (0, -len(embedding) % width))
     return torch.cat([descriptor, padded.view(-1, width).to(descriptor.dtype)])
+
+
+def _embedding(memory: Memory, cells: int) -> Tensor:
+    """What `_with_embedding` appended, and the zeros behind it."""
+    return memory.image[cells:].flatten().float()
 
 
 def _batch(features: Features) -> Encoded:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOTE_EPSILON = 1e-3
+VOTE_FLOOR = 0.01  # of a vote that is judged: one cell alone must not decide
+AROUND, MOST_CELLS = 9, 256  # cells of the vote's grid that a vote is judged on
 FINE4, FINE2 = 32, 16  # channels of the fine maps at strides 4 and 2
 
 
@@ -311,6 +313,12 @@ class MatchSegNet(nn.Module):
         )
 
     # ---- step 3 ------------------------------------------------------------------------------
+    def trust(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines (B, R) of whole pictures -> trust in each reference, of vote and attention."""
+        relative = (similarity - similarity.amax(1, keepdim=True)).float()
+        vote, attention = self.log_trust.exp()[:, None, None] * relative
+        return vote, attention
+
     def vote(
         self,
         descriptor: Tensor,
@@ -318,6 +326,7 @@ class MatchSegNet(nn.Module):
         values: Tensor,
         known: Tensor,
         trust: Tensor,
+        place: float = 1.0,
     ) -> Tensor:
         """The label-transfer prior, once for all labels.
 
@@ -331,6 +340,7 @@ class MatchSegNet(nn.Module):
             values: (B, R, L, P) share of each label.
             known: (B, R, L) bool.
             trust: (B, R), up to a constant.
+            place: factor on w, see `Study`.
 
         Returns:
             (B, H, L + 1, side, side) probabilities, background last.
@@ -339,14 +349,12 @@ class MatchSegNet(nn.Module):
         side = descriptor.shape[-1]
         d_q = descriptor.float().flatten(2).transpose(1, 2)  # (B, P, 152)
         d_s = references.float().flatten(1, 2)  # (B, R * P, 152)
-        dim = self.config.vote_dim
         # |x_p|^2 is the same for all s and leaves the softmax; the rest of the squared distance is
         # linear in (x_s, |x_s|^2): three more dimensions, and the scores are one product.
-        place = grid(side, descriptor.device)  # (P, 2)
-        x_q = place.expand(b, -1, -1)
-        x_s = torch.cat([2 * place, -place.square().sum(1, keepdim=True)], 1)
-        x_s = x_s.repeat(r, 1).expand(b, -1, -1)  # (B, R * P, 3)
-        bias = trust.float().repeat_interleave(len(place), 1)[:, None]  # (B, 1, R * P)
+        cells = grid(side, descriptor.device)  # (P, 2)
+        x_q = cells.expand(b, -1, -1)
+        x_s = _near(cells).repeat(r, 1).expand(b, -1, -1)  # (B, R * P, 3)
+        bias = trust.float().repeat_interleave(len(cells), 1)[:, None]  # (B, 1, R * P)
         one = torch.ones_like(x_q[..., :1])
         weight = known.float()[..., None]  # (B, R, L, 1)
         numerator = (values.float() * weight).permute(0, 1, 3, 2).flatten(1, 2)  # (B, R * P, L)
@@ -355,13 +363,8 @@ class MatchSegNet(nn.Module):
         content = numerator if everything_known else torch.cat([numerator, counts], dim=-1)
         votes = []
         for head in range(1 + self.config.vote_heads):
-            if head == 0:
-                q, k = d_q, d_s
-            else:
-                rows = self.project.weight[(head - 1) * dim : head * dim].float()
-                q = F.normalize(d_q @ rows.T, dim=-1)
-                k = F.normalize(d_s @ rows.T, dim=-1)
-            pull = self.place_weight[head].exp()
+            q, k = self._seen_by(head, d_q), self._seen_by(head, d_s)
+            pull = self.place_weight[head].exp() * place
             q = self.log_tau[head].exp() * torch.cat([q, pull * x_q, pull * one], dim=-1)
             keys = torch.cat([k, x_s], dim=-1).transpose(1, 2)
             scores = torch.baddbmm(bias, q, keys)  # (B, P, R * P)
@@ -374,8 +377,71 @@ class MatchSegNet(nn.Module):
         rest = (1 - labels.sum(2, keepdim=True)).clamp(0, 1)
         return torch.cat([labels, rest], dim=2).unflatten(-1, (side, side))
 
+    def vote_losses(
+        self, query: Remembered, memory: Remembered, known: Tensor, trust: Tensor, places: Tensor
+    ) -> Tensor:
+        """How badly references vote for a labelled slice, if place counts so much.
+
+        Cross entropy of the heads' mean vote, labels and background, on and around the labels.
+
+        Args:
+            query: of one slice, fields without the leading dimension: descriptor (P, 152), mask8
+                (L, P).
+            memory: of R references.
+            known: (R, L) bool.
+            trust: (R,).
+            places: (N,) factors on w, see `vote`.
+
+        Returns:
+            (N,) mean over the cells; NaN where the slice shows no label.
+        """
+        side = round(query.mask8.shape[-1] ** 0.5)
+        truth = query.mask8.float()
+        around = F.max_pool2d(truth.amax(0).view(1, 1, side, side), AROUND, 1, AROUND // 2)
+        rows = torch.nonzero(around.flatten() > 0).flatten()
+        if len(rows) == 0:
+            return torch.full((len(places),), torch.nan)
+        rows = rows[:: -(-len(rows) // MOST_CELLS)]
+        truth = torch.cat([truth, (1 - truth.sum(0, keepdim=True)).clamp(0, 1)])[:, rows].T
+        d_q, d_s = query.descriptor[rows].float(), memory.descriptor.float().flatten(0, 1)
+        cells = grid(side, d_q.device)
+        x_q = torch.cat([cells[rows], torch.ones_like(cells[rows, :1])], 1)
+        x_s = _near(cells).repeat(len(known), 1)
+        distance = -(x_q @ x_s.T)  # but for |x_p|^2
+        bias = trust.float().repeat_interleave(len(cells))
+        weight = known.float()[:, :, None]
+        values = (memory.mask8.float() * weight).permute(0, 2, 1).flatten(0, 1)  # (R * P, L)
+        counts = weight.expand_as(memory.mask8).permute(0, 2, 1).flatten(0, 1)
+        content = torch.cat([values, counts], 1)
+        votes = torch.zeros(len(places), *truth.shape, device=d_q.device)
+        heads = 1 + self.config.vote_heads
+        for head in range(heads):
+            tau = self.log_tau[head].exp()
+            looks = bias + tau * (self._seen_by(head, d_q) @ self._seen_by(head, d_s).T)
+            far = tau * self.place_weight[head].exp() * distance
+            for row, place in enumerate(places.tolist()):
+                taken = torch.softmax(looks - place * far, dim=-1) @ content
+                share, known_share = taken.chunk(2, dim=-1)
+                labels = (share / known_share.clamp_min(1e-6)).clamp(0, 1)
+                rest = (1 - labels.sum(1, keepdim=True)).clamp(0, 1)
+                votes[row] += torch.cat([labels, rest], 1) / heads
+        return -(truth * (votes + VOTE_FLOOR).log()).sum(2).mean(1)
+
+    def _seen_by(self, head: int, descriptor: Tensor) -> Tensor:
+        """Descriptors (..., 152) as a vote head compares them, of unit length."""
+        if head == 0:
+            return descriptor
+        dim = self.config.vote_dim
+        rows = self.project.weight[(head - 1) * dim : head * dim].float()
+        return F.normalize(descriptor @ rows.T, dim=-1)
+
     def segment(
-        self, query: Encoded, memory: Remembered, known: Tensor, similarity: Tensor
+        self,
+        query: Encoded,
+        memory: Remembered,
+        known: Tensor,
+        similarity: Tensor,
+        place: float = 1.0,
     ) -> Output:
         """Segment B queries, each by R memories.
 
@@ -385,12 +451,14 @@ class MatchSegNet(nn.Module):
             known: (B, R, L) bool.
             similarity: (B, R) cosine of the whole pictures' embeddings. More references would
                 else drown the few that resemble the query.
+            place: see `vote`.
         """
         b, n_labels = known.shape[0], known.shape[2]
         s8 = query.descriptor.shape[-1]
-        relative = (similarity - similarity.amax(1, keepdim=True)).float()
-        vote_trust, attention_trust = self.log_trust.exp()[:, None, None] * relative  # (B, R) each
-        votes = self.vote(query.descriptor, memory.descriptor, memory.mask8, known, vote_trust)
+        vote_trust, attention_trust = self.trust(similarity)
+        votes = self.vote(
+            query.descriptor, memory.descriptor, memory.mask8, known, vote_trust, place
+        )
         # Which head to believe, by place: from what the heads say and what the query looks like.
         evidence = torch.cat([votes[:, :, :-1].amax(2), votes[:, :, -1], query.descriptor], dim=1)
         share = self.mix(evidence).float().softmax(1)  # (B, H, s8, s8)
@@ -405,8 +473,8 @@ class MatchSegNet(nn.Module):
         side = s8 // 2
         flat_clues = clues.flatten(0, 1)  # (B * L, H + 2, s8, s8)
         coarse = F.avg_pool2d(flat_clues, 2).flatten(2).transpose(1, 2)
-        place = place_code(side, self.config.tokens, votes.device)
-        tokens = (query.tokens + place).repeat_interleave(n_labels, 0) + self.vote_token(coarse)
+        code = place_code(side, self.config.tokens, votes.device)
+        tokens = (query.tokens + code).repeat_interleave(n_labels, 0) + self.vote_token(coarse)
         context = memory.tokens.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (B * L, R * T, C)
         bias = attention_trust[:, None].expand(-1, n_labels, -1).flatten(0, 1)  # (B * L, R)
         if not bool(known.all()):
@@ -436,6 +504,11 @@ class MatchSegNet(nn.Module):
         seen = torch.cat([seen.float(), area[:, None], peak[:, None]], 1)
         presence, quality = self.judge(seen).float().unflatten(0, (b, n_labels)).unbind(-1)
         return Output(scores, votes, vote_scores, presence, quality)
+
+
+def _near(cells: Tensor) -> Tensor:
+    """Cells (P, 2) -> (P, 3), whose product with (x, y, 1) is -|x_p - x_s|^2 + |x_p|^2."""
+    return torch.cat([2 * cells, -cells.square().sum(1, keepdim=True)], 1)
 
 
 def _inside_outside(fine: Tensor, masks: Tensor) -> Tensor:

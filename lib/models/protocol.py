@@ -1,11 +1,13 @@
 """What the rest of RefSeg knows of a segmenter and of an embedder: these two protocols, no more."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
-from lib.types import Features, FloatArray, Memory, Prediction
+from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
+
+AS_TRAINED = Study()
 
 
 class ReferenceSegmenter(Protocol):
@@ -33,8 +35,19 @@ class ReferenceSegmenter(Protocol):
         """
         ...
 
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        """What labelled slices say of how this study is to be segmented; quick, from memories.
+
+        A segmenter that has nothing to choose answers `Study()` and looks at no example.
+        """
+        ...
+
     def segment(
-        self, query: Features, references: Sequence[Memory], known: torch.Tensor
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: torch.Tensor,
+        study: Study = AS_TRAINED,
     ) -> Prediction:
         """Segment one query slice, all labels at once.
 
@@ -43,6 +56,7 @@ class ReferenceSegmenter(Protocol):
             references: R >= 1 memories, each with L rows in the same label order.
             known: (R, L) bool; False where a reference was not annotated for a label. Its row is
                 then ignored. Each label must be known to at least one reference.
+            study: of `study_of`.
 
         The result does not depend on the order of the references.
         """

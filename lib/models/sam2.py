@@ -34,7 +34,7 @@ predictor rounds memories too: 0.5 MiB a label at 1,024 pixels, 0.13 MiB at 512.
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from torch import Tensor
 
 from lib.errors import LabelError
 from lib.models.devices import choose_device, in_batches
+from lib.models.protocol import AS_TRAINED
 from lib.models.sam2_memory import POINTER_STEP, memory_tokens
 from lib.models.sam2_network import STRIDE, Sam2Network, load_network, random_network
 from lib.models.sam2_tensors import (
@@ -54,7 +55,7 @@ from lib.models.sam2_tensors import (
     split_values,
     square_masks,
 )
-from lib.types import Features, FloatArray, Memory, Prediction
+from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +193,16 @@ class Sam2Segmenter:
         return Memory(image=torch.empty(0), labels=torch.cat([empty, *parts]))
 
     @torch.inference_mode()
+    def study_of(self, examples: Iterable[Example]) -> Study:  # noqa: ARG002
+        """See `ReferenceSegmenter.study_of`: SAM 2 has nothing to choose."""
+        return Study()
+
     def segment(
         self,
         query: Features,
         references: Sequence[Memory],
         known: Tensor,
+        study: Study = AS_TRAINED,  # noqa: ARG002
         *,
         neighbors: Sequence[Memory | None] = (),
     ) -> Prediction:
@@ -206,6 +212,7 @@ class Sam2Segmenter:
             query: of `encode`.
             references: R >= 1 memories, each with L rows in the same label order.
             known: (R, L) bool.
+            study: of `study_of`.
             neighbors: memories of slices of the same volume, at distance 1, 2, .. 6 from the query
                 (None: not there), with all L labels known. They take SAM 2's slots for recent
                 frames; what is farther away is ignored.

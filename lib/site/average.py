@@ -2,15 +2,15 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.models.protocol import ReferenceSegmenter
-from lib.types import Features, FloatArray, Memory, Prediction
+from lib.models.protocol import AS_TRAINED, ReferenceSegmenter
+from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
 
 
 class AveragedSegmenter:
@@ -63,10 +63,27 @@ class AveragedSegmenter:
             labels=torch.cat([memory.labels.flatten(1).half() for memory in made], 1),
         )
 
-    def segment(self, query: Features, references: Sequence[Memory], known: Tensor) -> Prediction:
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        """See `ReferenceSegmenter.study_of`; what holds of a study, the first can tell."""
+        return self.first.study_of(
+            Example(
+                self._memory(one.memory, 0),
+                [self._memory(memory, 0) for memory in one.references],
+                one.known,
+            )
+            for one in examples
+        )
+
+    def segment(
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: Tensor,
+        study: Study = AS_TRAINED,
+    ) -> Prediction:
         """See `ReferenceSegmenter.segment`."""
         found = [
-            part.segment(own, [self._memory(memory, which) for memory in references], known)
+            part.segment(own, [self._memory(memory, which) for memory in references], known, study)
             for which, (part, own) in enumerate(zip(self._parts, self._split(query), strict=True))
         ]
         side = (self.size, self.size)

@@ -1,7 +1,7 @@
 """Folders of small labelled pictures, and networks that need no training to be right."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from lib.campaign.replay import CampaignRuntime
+from lib.models.protocol import AS_TRAINED
 from lib.segmenter import ReferenceEngine
 from lib.settings import RefSegSettings
-from lib.types import Features, FloatArray, LabelledImage, Memory, Prediction
+from lib.types import Example, Features, FloatArray, LabelledImage, Memory, Prediction, Study
 
 SIZE = 24
 NAMES = {1: "ball", 2: "box"}
@@ -60,8 +61,15 @@ class Averager:
     def remember(self, features: Features, masks: torch.Tensor) -> Memory:
         return Memory(features.maps[0].clone(), masks.half())
 
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        return Study()
+
     def segment(
-        self, query: Features, references: Sequence[Memory], known: torch.Tensor
+        self,
+        query: Features,
+        references: Sequence[Memory],
+        known: torch.Tensor,
+        study: Study = AS_TRAINED,
     ) -> Prediction:
         self.asked += 1
         time.sleep(self.wait)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import MemoryStoreError
+from lib.examples import examples_of
 from lib.memory.bank import MemoryBank
 from lib.types import LabelledImage, Memory, Reference, SliceKey
 
@@ -288,3 +289,23 @@ def test_the_embeddings_of_one_image_are_its_own_rows_of_all(make_bank) -> None:
     np.testing.assert_array_equal(vectors, rows[[1, 0]])
     assert len(bank.embeddings()[0]) == 3
     assert bank.embeddings("nobody")[0] == []
+
+
+@settings(max_examples=20, deadline=None)
+@given(banks(), st.integers(1, 4))
+def test_a_sample_takes_of_each_image_a_slice_that_shows_most_labels(make_bank, case, count):
+    images, _ = case
+    bank, held = make_bank(images)
+    drawn = bank.sample(count)
+    showing = {key.image_id for key, reference in held.items() if reference.present}
+    assert len(drawn) == min(count, len(showing))
+    assert len({key.image_id for key in drawn}) == len(drawn)
+    for key in drawn:
+        most = max(len(r.present) for r in held.values() if r.key.image_id == key.image_id)
+        assert len(held[key].present) == most > 0
+    assert bank.sample(count + 1)[:count] == drawn  # a larger sample goes on where this ended
+    for example in examples_of(bank):
+        assert example.known.any(0).all()
+        assert len(example.memory.labels) == example.known.shape[1] > 0
+        assert all(len(one.labels) == example.known.shape[1] for one in example.references)
+        assert len(example.references) == len(example.known) > 0

@@ -202,7 +202,12 @@ class CrampedNet(MatchSegNet):
         return super().encode(images)
 
     def segment(
-        self, query: Encoded, memory: Remembered, known: torch.Tensor, similarity: torch.Tensor
+        self,
+        query: Encoded,
+        memory: Remembered,
+        known: torch.Tensor,
+        similarity: torch.Tensor,
+        place: float = 1.0,
     ) -> Output:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

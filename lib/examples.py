@@ -1,0 +1,40 @@
+"""Labelled slices of a bank, each with the references that it would be segmented by."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from lib.memory.bank import MemoryBank
+from lib.types import Example, Memory
+
+MOST = 8  # labelled images that are left out, each in its turn
+REFERENCES = 8  # that vote for one
+
+
+def examples_of(bank: MemoryBank) -> Iterator[Example]:
+    """Leave a few labelled images out in turn; those of one image never vote for it.
+
+    Of each, the labels are looked at that the slice shows. Bounded, however large the bank.
+    """
+    for reference in bank.references(bank.sample(MOST)):
+        names = sorted(reference.present)
+        matches = bank.nearest(
+            reference.embedding[None],
+            REFERENCES,
+            labels=names,
+            exclude_image=reference.key.image_id,
+        )[0]
+        memories, known = bank.load([match.key for match in matches], names)
+        rows = torch.nonzero(known.any(0)).flatten()  # labels that others know, too
+        if len(rows):
+            own = [reference.labels.index(names[row]) for row in rows.tolist()]
+            yield Example(
+                _with_rows(reference.memory, torch.tensor(own)),
+                [_with_rows(memory, rows) for memory in memories],
+                known[:, rows],
+            )
+
+
+def _with_rows(memory: Memory, rows: torch.Tensor) -> Memory:
+    return replace(memory, labels=memory.labels[rows])

@@ -1,0 +1,123 @@
+"""What labelled slices say of their study, with the bundled weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib.models.matchseg import MatchSegSegmenter, _embedding
+from lib.models.network import Remembered
+from lib.types import Example, FloatArray, Memory, Study
+
+SIDE = 96
+BLOB = 30
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> MatchSegSegmenter:
+    return MatchSegSegmenter.load_bundled(device="cpu")
+
+
+def noise(rng: np.random.Generator) -> FloatArray:
+    """Soft noise, in which no place looks like another."""
+    coarse = torch.from_numpy(rng.random((1, 1, 12, 12), dtype=np.float32))
+    smooth = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic")[0, 0]
+    return (0.3 + 0.3 * smooth.numpy()).astype(np.float32)
+
+
+def learned(
+    segmenter: MatchSegSegmenter, images: list[FloatArray], masks: list[torch.Tensor]
+) -> list[Memory]:
+    found = segmenter.encode(images)
+    return [segmenter.remember(f, m) for f, m in zip(found, masks, strict=True)]
+
+
+def left_out(memories: list[Memory]) -> list[Example]:
+    examples = []
+    for row, memory in enumerate(memories):
+        others = memories[:row] + memories[row + 1 :]
+        known = torch.ones(len(others), len(memory.labels), dtype=torch.bool)
+        examples.append(Example(memory, others, known))
+    return examples
+
+
+def study_where(segmenter: MatchSegSegmenter, *, aligned: bool, seed: int) -> Study:
+    """Images where a structure is at one place and looks like all else, or the other way round."""
+    rng = np.random.default_rng(seed)
+    images, masks = [], []
+    for _ in range(6):
+        image, mask = noise(rng), torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
+        y, x = (33, 33) if aligned else rng.integers(2, SIDE - BLOB - 2, 2)
+        mask[0, y : y + BLOB, x : x + BLOB] = True
+        if not aligned:
+            image[y : y + BLOB, x : x + BLOB] += 0.4
+        images.append(image)
+        masks.append(mask)
+    return segmenter.study_of(left_out(learned(segmenter, images, masks)))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_place_counts_more_where_structures_lie_at_one_place_and_less_where_they_wander(
+    segmenter: MatchSegSegmenter, seed: int
+) -> None:
+    assert study_where(segmenter, aligned=True, seed=seed).place > 1
+    assert study_where(segmenter, aligned=False, seed=seed).place < 1
+
+
+def test_one_labelled_image_and_slices_without_a_label_say_nothing(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    rng = np.random.default_rng(0)
+    images = [noise(rng) for _ in range(4)]
+    empty = [torch.zeros(1, SIDE, SIDE, dtype=torch.bool) for _ in images]
+    assert segmenter.study_of([]) == Study()
+    memories = learned(segmenter, images, empty)
+    assert segmenter.study_of(left_out(memories)) == Study()
+    assert segmenter.study_of(left_out(memories[:2])[:1]) == Study()
+
+
+def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegmenter) -> None:
+    rng = np.random.default_rng(3)
+    images = [noise(rng) for _ in range(4)]
+    masks = [torch.from_numpy(noise(rng)[None].repeat(2, 0) > 0.45) for _ in images]
+    for mask in masks:
+        mask[1] = ~mask[0] & torch.roll(mask[1], 9, 1)
+    query, *others = learned(segmenter, images, masks)
+    known = torch.tensor([[True, True], [True, False], [False, True]])
+    places = torch.tensor([0.25, 1.0, 9.0])
+    net = segmenter._net
+    with torch.inference_mode():
+        one, many = segmenter._remembered([query]), segmenter._remembered(others)
+        cells = one.descriptor.shape[1]
+        similarity = segmenter._similarity(others, _embedding(query, cells))
+        trust, _ = net.trust(similarity[None])
+        flat = Remembered(one.descriptor[0], one.mask8[0], one.tokens, one.sums4, one.sums2)
+        found = net.vote_losses(flat, many, known, trust[0], places)
+        side = round(cells**0.5)
+        descriptor = one.descriptor.transpose(1, 2).unflatten(2, (side, side))
+        truth = torch.cat([one.mask8[0], (1 - one.mask8[0].sum(0, keepdim=True)).clamp(0, 1)])
+        near = torch.nn.functional.max_pool2d(
+            one.mask8.amax(1).view(1, 1, side, side), 9, 1, 4
+        ).flatten()
+        rows = torch.nonzero(near > 0).flatten()
+        rows = rows[:: -(-len(rows) // 256)]
+        for place, loss in zip(places.tolist(), found.tolist(), strict=True):
+            votes = net.vote(
+                descriptor, many.descriptor[None], many.mask8[None], known[None], trust, place
+            )
+            mean = votes[0].mean(0).flatten(1)[:, rows]
+            expected = -(truth[:, rows] * (mean + 0.01).log()).sum(0).mean()
+            assert loss == pytest.approx(float(expected), abs=2e-3)
+
+
+def test_a_study_changes_the_answer_and_the_usual_one_does_not(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    rng = np.random.default_rng(5)
+    images = [noise(rng) for _ in range(4)]
+    masks = [torch.from_numpy(noise(rng)[None] > 0.45) for _ in images]
+    memories = learned(segmenter, images, masks)[1:]
+    query = segmenter.encode(images[:1])[0]
+    known = torch.ones(3, 1, dtype=torch.bool)
+    plain = segmenter.segment(query, memories, known).scores
+    assert torch.equal(plain, segmenter.segment(query, memories, known, Study()).scores)
+    assert not torch.allclose(plain, segmenter.segment(query, memories, known, Study(16.0)).scores)
