@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from monailabel.config import Settings
 from monailabel.config import settings as platform
-from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_ext
@@ -103,15 +102,17 @@ class StudiesDatastore(LabelStore):
             info: dict[str, Any] = super().get_image_info(image_id)
         return info
 
+    def at_hand(self, image_id: str) -> bool:  # noqa: ARG002
+        """Whether an image's file is on this machine."""
+        return True
+
     def source(self, image_id: str) -> str:
         """The file or DICOM folder itself; "" where there is no such image."""
         with self.lock:
             return str(super().get_image_uri(image_id))
 
     def _copy(self, folder: Path) -> Path:
-        looks = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
-        mark = hashlib.sha256(repr(looks).encode()).hexdigest()[:16]
-        target = self._copies / f"{folder.name}-{mark}.nii.gz"
+        target = self._copies / f"{folder.name}-{self._mark(folder)}.nii.gz"
         if not target.exists():
             volume = read_dicom_folder(folder)
             if volume.values.ndim > 3:  # color has no place in a NIfTI that all clients read
@@ -124,6 +125,11 @@ class StudiesDatastore(LabelStore):
             finally:
                 beside.unlink(missing_ok=True)
         return target
+
+    def _mark(self, folder: Path) -> str:
+        """Something that is another one when the files of a folder are."""
+        looks = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+        return hashlib.sha256(repr(looks).encode()).hexdigest()[:16]
 
     def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
         """Names of image files, whatever the case of extensions, and of folders with DICOM files.
@@ -246,12 +252,9 @@ def labelled_images(datastore: Datastore, tags: Sequence[str] = (FINAL,)) -> lis
     A local store looks at the disk again, so that what was renamed or dropped into the folder is
     seen. An image whose file or label is missing is left out.
     """
-    if isinstance(datastore, DICOMWebDatastore):
-        found = [_of_pair(datastore, pair) for pair in datastore.datalist()]
-    else:
-        if isinstance(datastore, LocalDatastore):
-            datastore.refresh()
-        found = [labelled_image(datastore, image_id, tags) for image_id in datastore.list_images()]
+    if isinstance(datastore, LocalDatastore):
+        datastore.refresh()
+    found = [labelled_image(datastore, image_id, tags) for image_id in datastore.list_images()]
     rows = [row for row in found if row is not None]
     return sorted(rows, key=lambda row: row.image_id)
 
@@ -269,16 +272,6 @@ def labelled_image(
     if not image_path.exists() or not label_path.is_file():
         return None
     info = datastore.get_label_info(present[tag], tag)
-    return LabelledImage(image_id, image_path, label_path, label_names(info))
-
-
-def _of_pair(datastore: Datastore, pair: Mapping[str, str]) -> LabelledImage | None:
-    """A DICOMweb pair: files in the platform's cache that are named after the image series."""
-    image_path, label_path = Path(pair["image"]), Path(pair["label"])
-    if not image_path.exists() or not label_path.is_file():
-        return None
-    image_id = image_path.name.split(".nii")[0]
-    info = datastore.get_label_info(image_id, FINAL)
     return LabelledImage(image_id, image_path, label_path, label_names(info))
 
 
@@ -314,7 +307,7 @@ def find_by_path(labelled: Sequence[LabelledImage], path: str) -> LabelledImage 
 
 def image_paths(datastore: Datastore) -> dict[str, Path]:
     """Every image that is there now, by id; a local store looks at the disk again."""
-    if isinstance(datastore, LocalDatastore) and not isinstance(datastore, DICOMWebDatastore):
+    if isinstance(datastore, LocalDatastore):
         datastore.refresh()
     find = datastore.source if isinstance(datastore, StudiesDatastore) else datastore.get_image_uri
     paths = {image_id: Path(find(image_id)) for image_id in sorted(datastore.list_images())}

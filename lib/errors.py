@@ -31,3 +31,7 @@ class ModelStoreError(RefSegError):
 
 class TrainingError(RefSegError, ValueError):
     """Training cannot start or go on with these labels or on this machine."""
+
+
+class PacsError(RefSegError):
+    """The DICOMweb server does not answer, or does not do what it was asked."""

@@ -81,6 +81,12 @@ class RefSegSettings(BaseSettings):
     history: int = Field(
         20, ge=1, le=1000, description="versions of each label that are kept when it is overwritten"
     )
+    fetch_ahead: int = Field(
+        32,
+        ge=0,
+        le=10000,
+        description="series of a PACS fetched in the background to choose the next from",
+    )
     warm_up: bool = Field(True, description="load the network in the background after the start")
 
     @field_validator("labels", "tags", mode="before")

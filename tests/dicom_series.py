@@ -8,6 +8,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
@@ -99,7 +100,7 @@ def write_multiframe(
     return str(image.SeriesInstanceUID)
 
 
-def _image(kind: str, patient: str) -> FileDataset:
+def _image(kind: UID, patient: str) -> FileDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = kind
     meta.MediaStorageSOPInstanceUID = generate_uid()

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from monailabel.config import settings as platform
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
@@ -29,6 +30,7 @@ from monailabel.tasks.activelearning.random import Random
 
 from apps.refseg.server.page_parts import Parts
 from lib.datastore import StudiesDatastore, label_names, labelled_images
+from lib.dicomweb_store import open_dicomweb
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
 from lib.infers.refseg import RefSeg
@@ -84,9 +86,19 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         )
 
     def init_datastore(self) -> Datastore:
-        """A folder with more kinds of files than the platform's default, or a remote store."""
+        """A folder with more kinds of files than the platform's default, a PACS, or a remote store.
+
+        A PACS needs none of the tools that the platform would download.
+        """
         if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
+            if platform.MONAI_LABEL_DATASTORE.lower() in ("xnat", "dsa"):
+                return super().init_datastore()
+            return open_dicomweb(
+                self.studies,
+                self._runtime.folder,
+                ahead=self._settings.fetch_ahead,
+                keep=self._settings.history,
+            )
         copies = self._runtime.folder / "copies"
         return StudiesDatastore(self.studies, copies=copies, keep=self._settings.history)
 

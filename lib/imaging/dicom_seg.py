@@ -145,6 +145,11 @@ def write_seg(
     return SegIdentity(str(seg.StudyInstanceUID), series, instance)
 
 
+def instance_of(path: Path) -> Dataset:
+    """A DICOM file whole, to be sent."""
+    return pydicom.dcmread(path)
+
+
 def read_seg(path: Path, image: ImageVolume) -> tuple[IntArray, dict[int, str]]:
     """Read a SEG of anyone's making onto the grid of its image.
 

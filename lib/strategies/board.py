@@ -56,6 +56,7 @@ def _in_one_pass(store: StudiesDatastore, tags: Sequence[str]) -> Board:
         folder = os.path.realpath(table.image_path())
         objects = table.objects
         paths = {i: Path(folder, f"{i}{objects[i].image.ext}") for i in sorted(objects)}
+        paths = {i: path for i, path in paths.items() if store.at_hand(i)}
         labelled = frozenset(i for i, o in objects.items() if any(o.labels.get(t) for t in tags))
         flagged = frozenset(i for i, o in objects.items() if o.image.info.get("flagged"))
     return Board(paths, labelled, flagged)

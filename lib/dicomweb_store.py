@@ -1,0 +1,408 @@
+"""A PACS as the studies: its series are the images, its DICOM SEGs the final labels.
+
+What was fetched lies in a folder that is a datastore of its own, so that all else works as it does
+for a folder of studies. The PACS is the truth: each submitted label is stored there, as one more
+SEG, before anyone is told so; none is ever changed or deleted. The newest is the label.
+"""
+
+import logging
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.config import settings as platform
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import DataModel, LocalDatastore
+from monailabel.interfaces.exception import ImageNotFoundException
+
+from lib.datastore import FINAL, StudiesDatastore, label_names
+from lib.dicomweb import Pacs, SegRow, SeriesRow
+from lib.durable import make_folder
+from lib.errors import ImageError, LabelError, PacsError, RefSegError
+from lib.imaging.dicom_seg import SegIdentity, read_seg, write_seg
+from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
+from lib.label_store import KEPT_VERSIONS
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
+SETTLE_S = 10.0  # a PACS may list what it stored a moment later
+NOTE = "dicom"  # in a label's info: which SEG it is, and which others were there
+
+
+class _LikeLocal(DICOMWebDatastore):
+    """MONAI Label's endpoints ask whether a store is of this class; its methods are a folder's."""
+
+    __init__ = LocalDatastore.__init__
+    name = LocalDatastore.name
+    datalist = LocalDatastore.datalist
+    get_image_uri = LocalDatastore.get_image_uri
+    get_label_uri = LocalDatastore.get_label_uri
+    get_labeled_images = LocalDatastore.get_labeled_images
+    get_unlabeled_images = LocalDatastore.get_unlabeled_images
+    list_images = LocalDatastore.list_images
+    save_label = LocalDatastore.save_label
+    _to_id = LocalDatastore._to_id
+
+
+class DicomwebStore(StudiesDatastore, _LikeLocal):
+    """The series of a PACS, fetched when they are needed, and their labels.
+
+    Args:
+        pacs: where they are.
+        folder: for what was fetched.
+        copies: for NIfTI copies.
+        ahead: series without a label that are fetched in the background, to choose the next from;
+            0: none.
+        keep: versions of each label that the history holds, beside those in the PACS.
+    """
+
+    def __init__(
+        self,
+        pacs: Pacs,
+        *,
+        folder: Path,
+        copies: Path,
+        ahead: int = 0,
+        keep: int = KEPT_VERSIONS,
+    ) -> None:
+        self._pacs = pacs
+        self._rows: dict[str, SeriesRow] | None = None  # None: the PACS has not answered yet
+        self._asked: dict[str, SeriesRow] = {}  # by clients, though no image by the filter
+        self._segs: dict[str, list[SegRow]] = {}
+        self._unusable: dict[str, str] = {}
+        self._looked = float("-inf")
+        self._following = threading.RLock()
+        self._fetching = threading.RLock()
+        self._ahead = ahead
+        self._fetcher: threading.Thread | None = None
+        make_folder(folder)
+        super().__init__(str(folder), copies=copies, watch=False, keep=keep)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def name(self) -> str:
+        """The address."""
+        return self._pacs.url
+
+    def refresh(self) -> None:
+        """Look at the PACS again, unless that was a moment ago; what it lacks, is forgotten."""
+        with self._following:
+            if time.monotonic() - self._looked < LOOK_EVERY_S:
+                return
+            try:
+                self._rows = self._pacs.images()
+                segs = self._pacs.segs()
+            except PacsError as error:
+                logger.warning("labels and images are as they were: %s", error)
+                self._looked = time.monotonic()
+                return
+            super().refresh()
+            self._follow(segs)
+            self._looked = time.monotonic()
+            self._fetch_ahead()
+
+    def get_image_uri(self, image_id: str) -> str:
+        """The image's NIfTI copy; fetched now if need be.
+
+        Raises:
+            HTTPException: 503, the PACS does not give it.
+        """
+        with _told():
+            self._bring(image_id)
+        return super().get_image_uri(image_id)
+
+    def at_hand(self, image_id: str) -> bool:
+        """Whether it was fetched."""
+        return self._folder(image_id).is_dir()
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: Mapping[str, Any]
+    ) -> str:
+        """Save a label: a final one is in the PACS, as DICOM SEG, when this returns.
+
+        Raises:
+            HTTPException: 422 for a label map that does not fit, 503 where the PACS refuses.
+        """
+        if label_tag != FINAL:
+            return super().save_label(image_id, label_filename, label_tag, label_info)
+        with _told(), self._following:
+            image = self._image(image_id)
+            label_map = read_label_map(Path(label_filename), image)
+            names = label_names(label_info or {})
+            machine = "model" in label_info and "params" in label_info
+            with tempfile.TemporaryDirectory(prefix="refseg-") as work:
+                file = Path(work, "label.dcm")
+                seg = write_seg(file, label_map, image, names, by_machine=machine)
+                self._pacs.store(file)
+                logger.info("label of %s is in the PACS: series %s", image_id, seg.series)
+                others = [row.instance for row in self._segs.get(image_id, ())]
+                note = _note(seg, [*others, seg.instance])
+                mirrored = Path(work, "label.nii.gz")
+                write_label_map(mirrored, label_map, image)
+                return super().save_label(
+                    image_id, str(mirrored), FINAL, {**(label_info or {}), NOTE: note}
+                )
+
+    def seg_of(self, image_id: str, label_file: Path, info: Mapping[str, Any]) -> Path:
+        """A label map as DICOM SEG in a temporary file; nothing is stored.
+
+        Raises:
+            HTTPException: 422 or 503 with a sentence.
+        """
+        with _told():
+            image = self._image(image_id)
+            with tempfile.NamedTemporaryFile(suffix=".dcm", delete=False) as file:
+                target = Path(file.name)
+            label_map = read_label_map(label_file, image)
+            write_seg(target, label_map, image, label_names(info), by_machine=True)
+        return target
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        """Delete a label; final ones can be deleted in the PACS alone."""
+        if label_tag == FINAL:
+            msg = (
+                "Labels of a PACS are deleted there, not here: delete the SEG series, and it is "
+                "forgotten with the next request. Or submit another label: the newest counts."
+            )
+            raise HTTPException(409, msg)
+        super().remove_label(label_id, label_tag)
+
+    def add_image(
+        self,
+        image_id: str,  # noqa: ARG002
+        image_filename: str,  # noqa: ARG002
+        image_info: Mapping[str, Any],  # noqa: ARG002
+    ) -> str:
+        """Refused."""
+        msg = "Images of a PACS are sent to the PACS; they are found there with the next request."
+        raise HTTPException(409, msg)
+
+    def remove_image(self, image_id: str) -> None:  # noqa: ARG002
+        """Refused."""
+        msg = "Images of a PACS are deleted there, not here."
+        raise HTTPException(409, msg)
+
+    # -- following the PACS -------------------------------------------------------------------
+
+    def _follow(self, segs: Sequence[SegRow]) -> None:
+        """Make the newest SEG of each image its label."""
+        by_image: dict[str, list[SegRow]] = {}
+        for row in segs:
+            by_image.setdefault(row.image, []).append(row)
+        self._segs = by_image
+        for image_id in self.list_images():
+            rows = by_image.get(image_id, [])
+            info = self.get_label_info(image_id, FINAL)
+            note = info.get(NOTE, {})
+            current, seen = note.get("instance"), set(note.get("seen", ()))
+            if not rows:
+                if info and time.time() - float(info.get("ts", 0)) > SETTLE_S:
+                    logger.info("the PACS has no label of %s any more", image_id)
+                    super().remove_label(image_id, FINAL)
+                continue
+            present = {row.instance for row in rows}
+            if current in present:
+                rows = [row for row in rows if row.instance == current or row.instance not in seen]
+            for row in sorted(rows, key=lambda row: (row.made_at, row.instance), reverse=True):
+                if row.instance == current or self._mirror(row, sorted(present)):
+                    break
+
+    def _mirror(self, row: SegRow, present: Sequence[str]) -> bool:
+        """Take over a SEG as the label of its image; False if it cannot be used."""
+        if row.instance in self._unusable:
+            return False
+        try:
+            image = self._image(row.image)
+            with tempfile.TemporaryDirectory(prefix="refseg-") as work:
+                self._pacs.fetch_seg(row, Path(work, "seg.dcm"))
+                label_map, names = read_seg(Path(work, "seg.dcm"), image)
+                write_label_map(Path(work, "label.nii.gz"), label_map, image)
+                seg = SegIdentity(row.study, row.series, row.instance)
+                info = {
+                    "label_names": {name: number for number, name in names.items()},
+                    NOTE: _note(seg, present),
+                }
+                super().save_label(row.image, str(Path(work, "label.nii.gz")), FINAL, info)
+        except (ImageError, LabelError) as error:
+            logger.warning("segmentation %s is not used: %s", row.series, error)
+            self._unusable[row.instance] = str(error)
+            return False
+        except (RefSegError, HTTPException, OSError) as error:
+            logger.warning("segmentation %s is looked at later: %s", row.series, error)
+            return False
+        logger.info("label of %s is segmentation %s of the PACS", row.image, row.series)
+        return True
+
+    def _image(self, image_id: str) -> ImageVolume:
+        self._bring(image_id)
+        folder = self._folder(image_id)
+        if image_id not in self._datastore.objects or not folder.is_dir():
+            msg = f"Image {image_id} not found"
+            raise ImageNotFoundException(msg)
+        return read_image(folder)
+
+    def _bring(self, image_id: str) -> None:
+        """Fetch a series that is not here, or has grown since."""
+        row = self._row(image_id)
+        if row is None:
+            return
+        folder = self._folder(image_id)
+        with self._fetching:
+            there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+            if there and (row.instances is None or there == row.instances):
+                return
+            beside = folder.with_name(f".{uuid.uuid4().hex}")
+            beside.mkdir()
+            start = time.perf_counter()
+            try:
+                self._pacs.fetch(row, beside)
+                if there:
+                    folder.replace(folder.with_name(f"{beside.name}.old"))
+                beside.replace(folder)
+            except PacsError:
+                if not there:
+                    raise
+                logger.warning("series %s has changed, and cannot be fetched anew", image_id)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(folder.with_name(f"{beside.name}.old"), ignore_errors=True)
+        seconds = time.perf_counter() - start
+        logger.info("fetched series %s in %.1f s", image_id, seconds)
+
+    def _row(self, image_id: str) -> SeriesRow | None:
+        """A series of the list; of others the PACS is asked, since OHIF can open any."""
+        if self._rows is None:
+            self.refresh()
+        known = {**self._asked, **(self._rows or {})}
+        if image_id not in known and not self.at_hand(image_id):
+            row = self._pacs.series(image_id)
+            if row is not None:
+                self._asked = {**self._asked, image_id: row}
+                super().refresh()
+            return row
+        return known.get(image_id)
+
+    def _fetch_ahead(self) -> None:
+        """Some images without a label must be here, for the next to be chosen from."""
+        if not self._ahead or (self._fetcher is not None and self._fetcher.is_alive()):
+            return
+        waiting = self.get_unlabeled_images()
+        missing = sorted(image_id for image_id in waiting if not self.at_hand(image_id))
+        here = len(waiting) - len(missing)
+        if not missing or here >= self._ahead:
+            return
+        if not here:
+            self._fetch_quietly(missing[:1])
+        self._fetcher = threading.Thread(
+            target=self._fetch_quietly,
+            args=(missing[: self._ahead - here],),
+            name="refseg-fetch",
+            daemon=True,
+        )
+        self._fetcher.start()
+
+    def _fetch_quietly(self, image_ids: Sequence[str]) -> None:
+        for image_id in image_ids:
+            try:
+                self._bring(image_id)
+            except (RefSegError, OSError) as error:
+                logger.warning("series %s is fetched later: %s", image_id, error)
+
+    # -- the platform's table: the PACS's list instead of the disk's ----------------------------
+
+    def _listed(self) -> dict[str, SeriesRow] | None:
+        return None if self._rows is None else {**self._asked, **self._rows}
+
+    def _list_files(self, path: str, patterns: Sequence[str]) -> dict[str, str]:
+        if Path(path) != Path(self._datastore.image_path()):
+            return super()._list_files(path, patterns)
+        listed = self._listed()
+        ids = self._datastore.objects if listed is None else listed
+        return {image_id: image_id for image_id in ids}
+
+    def _to_id(self, file: str) -> tuple[str, str]:
+        listed = self._listed()
+        if file in (self._datastore.objects if listed is None else listed):
+            return file, ""
+        return super()._to_id(file)
+
+    def _is_there(self, tag: str, image_id: str, data: DataModel) -> bool:
+        listed = self._listed()
+        if tag:
+            return super()._is_there(tag, image_id, data)
+        return listed is None or image_id in listed
+
+    def _new(self, image_id: str, extension: str) -> DataModel:
+        made = super()._new(image_id, extension)
+        row = (self._listed() or {}).get(image_id)
+        made.info.update(row.told if row else {})
+        return made
+
+    def _mark(self, folder: Path) -> str:
+        """A folder is never changed once it is here, so that its files need not be looked at."""
+        status = folder.stat()
+        return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
+
+    def _folder(self, image_id: str) -> Path:
+        return Path(self._datastore.image_path(), image_id)
+
+
+def open_dicomweb(url: str, folder: Path, *, ahead: int, keep: int) -> DicomwebStore:
+    """The store of a PACS; it is not asked yet.
+
+    Args:
+        url: of its DICOMweb root.
+        folder: for all that can be fetched again.
+        ahead: series that are fetched in the background by a server.
+        keep: versions of labels in the history.
+    """
+    store = DicomwebStore(
+        Pacs(url, platform.MONAI_LABEL_DICOMWEB_SEARCH_FILTER),
+        folder=folder / "dicomweb",
+        copies=folder / "copies",
+        ahead=ahead if platform.MONAI_LABEL_DATASTORE_AUTO_RELOAD else 0,
+        keep=keep,
+    )
+    _without_dcmqi(store)
+    return store
+
+
+def _note(seg: SegIdentity, seen: Sequence[str]) -> dict[str, Any]:
+    return {
+        "study": seg.study,
+        "series": seg.series,
+        "instance": seg.instance,
+        "seen": list(seen),
+    }
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Sentences reach the client also where MONAI Label's own server runs."""
+    try:
+        yield
+    except (ImageError, LabelError) as error:
+        raise HTTPException(422, str(error)) from error
+    except PacsError as error:
+        raise HTTPException(503, str(error), {"Retry-After": "10"}) from error
+
+
+def _without_dcmqi(store: DicomwebStore) -> None:
+    """Let `POST /infer?output=dicom_seg` make its SEG here, not with a tool that is downloaded."""
+    from monailabel.endpoints import infer
+
+    def seg_of_result(folder: str, label: str, info: Any, **_: Any) -> str:
+        image_id = Path(folder).name.split("-")[0]  # of the NIfTI copy, see `_copy`
+        return str(store.seg_of(image_id, Path(label), {"label_info": info}))
+
+    infer.nifti_to_dicom_seg = seg_of_result

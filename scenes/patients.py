@@ -1,0 +1,63 @@
+"""CT series of patients who do not exist: a trunk with a liver and a spleen, in noise."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import FileDataset
+
+from tests.dicom_series import write_series
+
+SHAPE = (96, 80, 10)  # columns, rows, slices
+SPACING_MM = (3.0, 3.0, 8.0)
+NAMES = {1: "liver", 2: "spleen"}
+_AIR = 1024
+
+
+def organs(seed: int) -> npt.NDArray[np.uint8]:
+    """(columns, rows, slices) of label numbers; each patient has another anatomy."""
+    shift = np.random.default_rng(seed).uniform(-4, 4, 6)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[_ellipsoid((32 + shift[0], 36 + shift[1], 4.5), (17 + shift[2], 15, 5.2))] = 1
+    labels[_ellipsoid((69 + shift[3], 44 + shift[4], 5.5), (9, 11 + shift[5] / 2, 4.2))] = 2
+    return labels
+
+
+def write_patient(folder: Path, seed: int, *, study: str = "") -> str:
+    """Write one patient's series; tell its UID."""
+    rng = np.random.default_rng(100 + seed)
+    labels = organs(seed)
+    values = np.where(_ellipsoid((48, 40, 4.5), (44, 35, 99)), 30.0, -1000.0)
+    values[labels == 1] = 110
+    values[labels == 2] = 180
+    values[_ellipsoid((48, 62, 4.5), (6, 6, 99))] = 600
+    values += rng.normal(0, 12, SHAPE)
+
+    def hounsfield(image: FileDataset, index: int) -> None:
+        image.RescaleIntercept, image.WindowCenter, image.WindowWidth = -_AIR, 60, 400
+        image.ImagePositionPatient = [-144, -120, -300 + index * SPACING_MM[2]]
+        image.StudyDate, image.StudyTime = f"202601{seed + 1:02d}", "101500"
+        image.StudyDescription, image.SeriesDescription = "Abdomen", "portal venous"
+        image.PatientBirthDate, image.PatientSex = "19700101", "O"
+        image.AccessionNumber, image.StudyID, image.SeriesNumber = str(seed), "1", 2
+
+    return write_series(
+        folder,
+        np.clip(values + _AIR, 0, 4095).astype(np.uint16),
+        spacing_mm=SPACING_MM,
+        modality="CT",
+        patient=f"Phantom^{seed}",
+        study=study,
+        edit=hounsfield,
+    )
+
+
+def _ellipsoid(
+    center: tuple[float, float, float], radii: tuple[float, float, float]
+) -> npt.NDArray[np.bool_]:
+    x, y, z = (
+        ((g - c) / r) ** 2
+        for g, c, r in zip(np.ogrid[tuple(map(slice, SHAPE))], center, radii, strict=True)
+    )
+    inside: npt.NDArray[np.bool_] = x + y + z < 1
+    return inside
