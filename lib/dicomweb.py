@@ -88,7 +88,7 @@ class Pacs:
         self._segs: dict[tuple[str, int | None], list[SegRow]] = {}
         self._client = DICOMwebClientX(
             url=self.url,
-            session=_session(self.url),
+            session=open_session(self.url),
             qido_url_prefix=platform.MONAI_LABEL_QIDO_PREFIX,
             wado_url_prefix=platform.MONAI_LABEL_WADO_PREFIX,
             stow_url_prefix=platform.MONAI_LABEL_STOW_PREFIX,
@@ -180,7 +180,8 @@ class Pacs:
         return list(_seg_rows(row, metadata))
 
 
-def _session(url: str) -> requests.Session:
+def open_session(url: str) -> requests.Session:
+    """A session with the credentials of the platform's settings, and a time limit."""
     if "googleapis.com" in url:
         from dicomweb_client.ext.gcp.session_utils import create_session_from_gcp_credentials
 

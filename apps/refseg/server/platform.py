@@ -7,6 +7,7 @@ of threads, after the request was checked. Answers and OpenAPI stay what they we
 
 import asyncio
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -147,7 +148,11 @@ def _routes(platform: Any) -> list[APIRoute]:
     )
     found = [route for module in routers for route in module.router.routes]
     found += platform.app.routes
-    return [route for route in found if isinstance(route, APIRoute) and route.path != "/reload"]
+    skipped = (
+        ("/reload", "/proxy/") if "://" in platform_settings.MONAI_LABEL_STUDIES else ("/reload",)
+    )
+    routes = [route for route in found if isinstance(route, APIRoute)]
+    return [route for route in routes if not route.path.startswith(skipped)]  # see `pacs_proxy`
 
 
 def _off_loop(route: APIRoute, lanes: Lanes) -> APIRoute:
@@ -167,10 +172,13 @@ def _off_loop(route: APIRoute, lanes: Lanes) -> APIRoute:
 
 def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, Any]]:
     endpoint = route.endpoint
+    told = inspect.signature(endpoint).parameters.values()
+    its_own = [argument.name for argument in told if argument.annotation is Request]
 
     @functools.wraps(endpoint)
     async def call(**given: Any) -> Any:
         request: Request = given.pop(OURS)
+        given |= dict.fromkeys(its_own, request)  # FastAPI fills in one such argument, not two
         client = request.client.host if request.client else ""
         try:
             nothing = not_served(route.path, given, platform_settings.MONAI_LABEL_STUDIES)

@@ -90,13 +90,15 @@ def application(
     from apps.refseg.server.health import health_routes
     from apps.refseg.server.limits import Limits
     from apps.refseg.server.observe import Metrics, Observe
+    from apps.refseg.server.pacs_proxy import proxy_routes
     from apps.refseg.server.page import page_routes
     from apps.refseg.server.page_login import Sessions
     from apps.refseg.server.platform import build
 
     metrics, tokens, sessions = Metrics(lanes), Tokens(options.tokens), Sessions()
     pages = page_routes(lanes, tokens=tokens, sessions=sessions, secure=bool(options.tls_cert))
-    routers = [health_routes(metrics, studies=studies, stopping=stopping), pages, *more]
+    health = health_routes(metrics, studies=studies, stopping=stopping)
+    routers = [health, pages, proxy_routes(studies), *more]
     if tokens:
         routers.append(log_in_routes(tokens))
     layered: ASGIApp = Limits(build(lanes, routers), options)
