@@ -30,6 +30,11 @@ POLICY = (
     "base-uri 'none'; frame-ancestors 'none'"
 )
 HEADERS = {"Content-Security-Policy": POLICY, "X-Frame-Options": "DENY"}
+BLANK = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="110" viewBox="0 0 160 110">'
+    '<rect width="160" height="110" fill="#e7ebee"/><text x="80" y="60" text-anchor="middle" '
+    'font-family="sans-serif" font-size="14" fill="#1d2329">no picture</text></svg>'
+)
 CHART_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
@@ -124,7 +129,10 @@ def page_routes(
         def make(v: View) -> bytes:
             return v.picture(image, number=slice, axis=axis, over=over, large=large == "1")
 
-        return await file(request, "image/jpeg", make, HEADERS)
+        answer = await file(request, "image/jpeg", make, HEADERS)
+        if answer.status_code != 200:  # who sees a page sees that, too, and the page says why
+            return Response(BLANK, answer.status_code, HEADERS, "image/svg+xml")
+        return answer
 
     @router.get("/map.svg")
     async def pool_map(request: Request) -> Response:
