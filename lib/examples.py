@@ -8,7 +8,7 @@ import torch
 from lib.memory.bank import MemoryBank
 from lib.types import Example, Memory
 
-MOST = 8  # labelled images that are left out, each in its turn
+MOST = 16  # labelled images that are left out, each in its turn
 REFERENCES = 8  # that vote for one
 
 

@@ -26,6 +26,7 @@ ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
 PLACES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # weights of place that a study may choose
+FEWEST, FEW = 3, 4  # labelled slices; fewer say nothing of a study, or little
 VERSION = 2  # raised when a stored memory would no longer fit although the weights are the same
 
 
@@ -167,16 +168,19 @@ class MatchSegSegmenter:
         """See `ReferenceSegmenter.study_of`: the weight of place by which references vote best.
 
         Another weight than in training's is taken where the votes for labelled slices, each left
-        out in turn, are better by it: on average, and by more than the standard error of that.
+        out in turn, are better by it: on average, and by more than half the standard error of that.
+        Three slices may move it one step only, two may agree by chance.
         """
         places = torch.tensor(PLACES, device=self._device)
         losses = torch.stack([self._vote_losses(e, places) for e in examples] or [places * 0])
         gains = (losses[:, PLACES.index(1.0), None] - losses).double()
         gains = gains[gains.isfinite().all(1)]
-        if len(gains) < 2:
+        if len(gains) < FEWEST:
             return Study()
         mean, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5
-        mean = torch.where(mean > error, mean, 0)
+        if len(gains) < FEW:
+            mean[[0, -1]] = 0
+        mean = torch.where(mean > error / 2, mean, 0)
         return Study(place=PLACES[int(mean.argmax())] if bool((mean > 0).any()) else 1.0)
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 VOTE_EPSILON = 1e-3
 VOTE_FLOOR = 0.01  # of a vote that is judged: one cell alone must not decide
-AROUND, MOST_CELLS = 9, 256  # cells of the vote's grid that a vote is judged on
+AROUND, MOST_CELLS = 9, 96  # cells of the vote's grid that a vote is judged on
 FINE4, FINE2 = 32, 16  # channels of the fine maps at strides 4 and 2
 
 
