@@ -74,6 +74,9 @@ class Reviewer:
         self._worker: threading.Thread | None = None
         self._risk: dict[str, float] = {}
         self._calibration: Calibration | None = None
+        self._recall_lock = threading.Lock()
+        self._recalled: tuple[Calibration | None, dict[str, int], dict[str, Reviewed]]
+        self._recalled = None, {}, {}
         self._contents: dict[str, tuple[str, str]] = {}  # id -> looks of its files, digest
 
     @property
@@ -331,15 +334,22 @@ class Reviewer:
 
     def recall(self) -> dict[str, Reviewed]:
         """What was found of each image that was looked at, by id; no image is looked at."""
-        calibration = self.calibration()
-        found = {}
-        for image_id, estimate in self._parts[0].estimates().items():
-            evidence = estimate.evidence
-            confidence = {n: calibration.confidence(n, e) for n, e in evidence.items()}
-            areas = {name: one.area for name, one in evidence.items()}
-            worst = _worst(confidence, areas)
-            found[image_id] = Reviewed(image_id, confidence, areas=areas, worst=worst)
-        return found
+        calibration, store = self.calibration(), self._parts[0]
+        with self._recall_lock:
+            by, known, found = self._recalled
+            if by is not calibration:
+                known, found = {}, {}
+            now = store.generations()
+            fresh = {i for i, generation in now.items() if known.get(i) != generation}
+            found = {i: one for i, one in found.items() if i in now and i not in fresh}
+            for image_id, estimate in store.estimates(fresh).items() if fresh else ():
+                evidence = estimate.evidence
+                confidence = {n: calibration.confidence(n, e) for n, e in evidence.items()}
+                areas = {name: one.area for name, one in evidence.items()}
+                worst = _worst(confidence, areas)
+                found[image_id] = Reviewed(image_id, confidence, areas=areas, worst=worst)
+            self._recalled = calibration, now, found
+            return found
 
     def read_risk(self, image_ids: Collection[str]) -> dict[str, float]:
         """1 - expected Dice, mean over the labels, of the images that were looked at."""

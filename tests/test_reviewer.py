@@ -97,6 +97,19 @@ def test_an_unlabelled_image_is_judged_in_the_background_and_the_strategies_hear
     assert max(risk, key=lambda name: risk[name]) == "p5"
 
 
+def test_what_was_found_is_recalled_without_looking_again(site: Site) -> None:
+    site.calibrate()
+    paths, labelled = read_board(site.store).paths, site.labelled()
+    calibration = site.reviewer.calibration()
+    looked = site.reviewer.review("p3", paths["p3"], labelled, calibration)
+    for reviewer in (site.reviewer, site.reviewer, Reviewer(site.runtime)):
+        told = reviewer.recall()
+        assert told.keys() == {"p3"}
+        assert (told["p3"].trust, told["p3"].worst) == (looked.trust, looked.worst)
+    site.reviewer.review("p4", paths["p4"], labelled, calibration)
+    assert site.reviewer.recall().keys() == {"p3", "p4"}
+
+
 def test_with_one_label_nothing_can_be_left_out_and_the_belief_is_told(tmp_path: Path) -> None:
     site = Site(tmp_path)
     for seed in (1, 2):

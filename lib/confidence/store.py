@@ -90,10 +90,16 @@ class ConfidenceStore:
             (estimate.image_id, estimate.generation, json.dumps(rows)),
         )
 
-    def estimates(self) -> dict[str, Estimate]:
-        """Of all images."""
+    def generations(self) -> dict[str, int]:
+        """Of the banks that looked at the images last: quick, and changed with each estimate."""
+        return dict(self._all("SELECT image_id, generation FROM estimates"))
+
+    def estimates(self, only: Collection[str] | None = None) -> dict[str, Estimate]:
+        """Of all images, or only of these."""
         found = {}
         for image_id, generation, text in self._all("SELECT * FROM estimates"):
+            if only is not None and image_id not in only:
+                continue
             evidence = {label: Evidence(**row) for label, row in json.loads(text).items()}
             found[image_id] = Estimate(image_id, generation, evidence)
         return found
