@@ -4,7 +4,7 @@ SHELL := bash
 # An imaging library sets the C locale to "C", after which files would be opened as ASCII.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck demo serve clean
+.PHONY: help setup test lint typecheck demo scenes serve clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,6 +58,19 @@ $(VENV)/.demo: requirements-demo.txt $(VENV)/.ready
 
 demo: $(VENV)/.demo ## set up, then play an annotator against a real server; pictures in build/demo
 	$(BIN)/python -m demo
+
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+
+scenes: setup ## RefSeg at a real PACS (Orthanc) and in OHIF in a browser; installs them; pictures in build/scenes
+	@mkdir -p build/scenes/node; missing=""; \
+	test -f /usr/share/orthanc/plugins/libOrthancDicomWeb.so || missing="orthanc orthanc-dicomweb"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	command -v npm >/dev/null || missing="$$missing nodejs npm"; \
+	test -z "$$missing" || { $(ROOT) apt-get update && $(ROOT) apt-get install -y --no-install-recommends $$missing; }
+	@test -d build/scenes/node/node_modules/playwright-core || \
+		npm install --prefix build/scenes/node --no-audit --no-fund playwright-core@1.65.1
+	$(BIN)/python -m pytest tests/apps/test_orthanc.py
+	$(BIN)/python -m scenes
 
 serve: setup ## start the server: make serve STUDIES=DIR [PORT=8000] [HOST=127.0.0.1]
 	@test -n "$(STUDIES)" || { echo "Which images? make serve STUDIES=DIR"; exit 2; }

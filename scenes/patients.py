@@ -23,6 +23,11 @@ def organs(seed: int) -> npt.NDArray[np.uint8]:
     return labels
 
 
+def bone() -> npt.NDArray[np.bool_]:
+    """(columns, rows, slices): a vertebra, the same in all."""
+    return _ellipsoid((48, 62, 4.5), (6, 6, 99))
+
+
 def write_patient(folder: Path, seed: int, *, study: str = "") -> str:
     """Write one patient's series; tell its UID."""
     rng = np.random.default_rng(100 + seed)
@@ -30,7 +35,7 @@ def write_patient(folder: Path, seed: int, *, study: str = "") -> str:
     values = np.where(_ellipsoid((48, 40, 4.5), (44, 35, 99)), 30.0, -1000.0)
     values[labels == 1] = 110
     values[labels == 2] = 180
-    values[_ellipsoid((48, 62, 4.5), (6, 6, 99))] = 600
+    values[bone()] = 600
     values += rng.normal(0, 12, SHAPE)
 
     def hounsfield(image: FileDataset, index: int) -> None:
@@ -38,7 +43,7 @@ def write_patient(folder: Path, seed: int, *, study: str = "") -> str:
         image.ImagePositionPatient = [-144, -120, -300 + index * SPACING_MM[2]]
         image.StudyDate, image.StudyTime = f"202601{seed + 1:02d}", "101500"
         image.StudyDescription, image.SeriesDescription = "Abdomen", "portal venous"
-        image.PatientBirthDate, image.PatientSex = "19700101", "O"
+        image.PatientID, image.PatientBirthDate, image.PatientSex = f"P{seed}", "19700101", "O"
         image.AccessionNumber, image.StudyID, image.SeriesNumber = str(seed), "1", 2
 
     return write_series(

@@ -34,6 +34,7 @@ def proxy_routes(studies: str) -> APIRouter:
         return await asyncio.to_thread(_hand_on, session, "GET", url, request.headers, None)
 
     @router.post("/stow/{path:path}", include_in_schema=False)
+    @router.post("/wado/{path:path}", include_in_schema=False)  # where OHIF stores
     async def store(request: Request, path: str) -> Response:
         if path.strip("/").split("/")[0] != "studies":
             raise HTTPException(404, "Only /studies can be stored to.")
