@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOTE_EPSILON = 1e-3
+VOTE_ROWS = 128  # of the vote's scores at once: 4 MB for 8 references
 VOTE_FLOOR = 0.01  # of a vote that is judged: one cell alone must not decide
 AROUND, MOST_CELLS = 9, 96  # cells of the vote's grid that a vote is judged on
 FINE4, FINE2 = 32, 16  # channels of the fine maps at strides 4 and 2
@@ -350,11 +351,11 @@ class MatchSegNet(nn.Module):
         d_q = descriptor.float().flatten(2).transpose(1, 2)  # (B, P, 152)
         d_s = references.float().flatten(1, 2)  # (B, R * P, 152)
         # |x_p|^2 is the same for all s and leaves the softmax; the rest of the squared distance is
-        # linear in (x_s, |x_s|^2): three more dimensions, and the scores are one product.
+        # linear in (x_s, |x_s|^2): with the trust four more dimensions, and scores are one product.
         cells = grid(side, descriptor.device)  # (P, 2)
         x_q = cells.expand(b, -1, -1)
         x_s = _near(cells).repeat(r, 1).expand(b, -1, -1)  # (B, R * P, 3)
-        bias = trust.float().repeat_interleave(len(cells), 1)[:, None]  # (B, 1, R * P)
+        bias = trust.float().repeat_interleave(len(cells), 1)[..., None]  # (B, R * P, 1)
         one = torch.ones_like(x_q[..., :1])
         weight = known.float()[..., None]  # (B, R, L, 1)
         numerator = (values.float() * weight).permute(0, 1, 3, 2).flatten(1, 2)  # (B, R * P, L)
@@ -365,10 +366,17 @@ class MatchSegNet(nn.Module):
         for head in range(1 + self.config.vote_heads):
             q, k = self._seen_by(head, d_q), self._seen_by(head, d_s)
             pull = self.place_weight[head].exp() * place
-            q = self.log_tau[head].exp() * torch.cat([q, pull * x_q, pull * one], dim=-1)
-            keys = torch.cat([k, x_s], dim=-1).transpose(1, 2)
-            scores = torch.baddbmm(bias, q, keys)  # (B, P, R * P)
-            taken = torch.softmax(scores, dim=-1) @ content
+            tau = self.log_tau[head].exp()
+            q = tau * torch.cat([q, pull * x_q, pull * one, one], dim=-1)
+            keys = torch.cat([k, x_s, bias / tau], dim=-1).transpose(1, 2)
+            # some rows at a time: their scores (B, rows, R * P) stay near the processor
+            taken = torch.cat(
+                [
+                    torch.softmax(rows @ keys, dim=-1) @ content
+                    for rows in q.split(VOTE_ROWS, dim=1)
+                ],
+                dim=1,
+            )
             if not everything_known:
                 share, known_share = taken.chunk(2, dim=-1)
                 taken = share / known_share.clamp_min(1e-6)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lib.models.matchseg import MatchSegSegmenter, _embedding
-from lib.models.network import Remembered
+from lib.models.network import AROUND, MOST_CELLS, Remembered
 from lib.types import Example, FloatArray, Memory, Study
 
 SIDE = 96
@@ -96,10 +96,10 @@ def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegme
         descriptor = one.descriptor.transpose(1, 2).unflatten(2, (side, side))
         truth = torch.cat([one.mask8[0], (1 - one.mask8[0].sum(0, keepdim=True)).clamp(0, 1)])
         near = torch.nn.functional.max_pool2d(
-            one.mask8.amax(1).view(1, 1, side, side), 9, 1, 4
+            one.mask8.amax(1).view(1, 1, side, side), AROUND, 1, AROUND // 2
         ).flatten()
         rows = torch.nonzero(near > 0).flatten()
-        rows = rows[:: -(-len(rows) // 256)]
+        rows = rows[:: -(-len(rows) // MOST_CELLS)]
         for place, loss in zip(places.tolist(), found.tolist(), strict=True):
             votes = net.vote(
                 descriptor, many.descriptor[None], many.mask8[None], known[None], trust, place
