@@ -118,7 +118,7 @@ def chart(atlas: Atlas, *, most: int | None = None) -> str:
     numbers = tuple(str(place) for place in range(1, len(following) + 1))
     return scatter(
         [
-            points("others", [i for i in atlas.ids if i not in special], "#b9c1c8", 26),
+            points("others", [i for i in atlas.ids if i not in special], "#87919a", 26),
             points("far from everything", atlas.far, "#D55E00", 60, "X"),
             points("labelled", atlas.labelled, "#009E73", 60, "s"),
             points("next, in order", following, "#0072B2", 70, "o", numbers),

@@ -4,6 +4,7 @@ No script, nothing from elsewhere, nothing that a look at them would change: a m
 its button is pressed, and then in the lane of all segmentations.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -100,7 +101,9 @@ def page_routes(
     @router.get("/image")
     async def image(request: Request, image: str = "", slice: str = "") -> Response:  # noqa: A002
         return await page(
-            request, "image.html", lambda v: {"sheet": v.sheet(image, slice), "view": v}
+            request,
+            "image.html",
+            lambda v: {"sheet": v.sheet(image, slice), "known": v.look().rows},
         )
 
     @router.post("/image")
@@ -207,6 +210,7 @@ def _templates() -> Any:
     found = templates(FOLDER)
     found.globals["address"] = address
     found.globals["color_name"] = color_name
+    found.globals["style_mark"] = hashlib.sha256(_style()).hexdigest()[:8]  # browsers keep it
     return found
 
 

@@ -4,6 +4,7 @@ import logging
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Mask:
         image_id: of which image.
         values: label -> its value in the map.
         confidence: label -> expected Dice, 0..1.
-        references: what it came from, nearest first.
+        references: what it came from, the nearest of each image first.
         generation: of the bank that it came from; -1 where that is not told.
         maker: names of the networks.
         made: UTC, or empty.
@@ -143,7 +144,7 @@ def _mask_of(image_id: str, file: Path, params: Mapping[str, Any], image: ImageV
 
 
 def _references(told: Mapping[str, Any]) -> tuple[Used, ...]:
-    """Those of all labels, each slice once."""
+    """Those of all labels, each slice once; the nearest of each image, then the second ones."""
     found: dict[tuple[str, int, int], Used] = {}
     for label, rows in told.items():
         for row in rows:
@@ -155,4 +156,11 @@ def _references(told: Mapping[str, Any]) -> tuple[Used, ...]:
                 slices=max(before.slices, int(row["slices"])),
                 labels=(*before.labels, str(label)),
             )
-    return tuple(sorted(found.values(), key=lambda used: -used.similarity))[:SHOWN]
+    rows = sorted(found.values(), key=lambda used: -used.similarity)
+    before: Counter[str] = Counter()
+    turns = []
+    for used in rows:
+        turns.append(before[used.image_id])
+        before[used.image_id] += 1
+    order = sorted(range(len(rows)), key=lambda n: (turns[n], n))
+    return tuple(rows[n] for n in order[:SHOWN])

@@ -19,7 +19,7 @@ Over = Literal["", "label", "mask"]
 
 JPEG_BYTES = 32 << 20
 VOLUME_BYTES = 256 << 20
-SMALL, LARGE = 110, 380  # rows
+SMALL, LARGE = 130, 420  # rows
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Pictures:
         labels = None
         if label_map is not None:
             labels = self._renumbered(cut_labels(label_map, axis)[number], names)
-        return jpeg(Panel("", picture, labels), wanted.rows, numbered=wanted.rows >= LARGE // 2)
+        return jpeg(Panel("", picture, labels), wanted.rows, numbered=bool(wanted.over))
 
     def _renumbered(self, values: IntArray, names: Mapping[int, str]) -> IntArray:
         """(H, W) with the numbers that labels have on the pages."""
