@@ -20,7 +20,9 @@ from tests.apps.server_process import APP, PATIENCE_S
 class ServeProcess:
     """Starts at once; `wait` until it answers, so that several can start together."""
 
-    def __init__(self, folder: Path, studies: Path | str, *options: str, scheme: str = "http") -> None:
+    def __init__(
+        self, folder: Path, studies: Path | str, *options: str, scheme: str = "http"
+    ) -> None:
         self.studies = Path(studies)
         self._log = folder / "serve.log"
         with socket.socket() as free:
