@@ -6,13 +6,12 @@ SEG, before anyone is told so; none is ever changed or deleted. The newest is th
 """
 
 import logging
-import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 
 from lib.datastore import FINAL, StudiesDatastore, label_names
 from lib.dicomweb import Pacs, SegRow, SeriesRow
-from lib.durable import make_folder
+from lib.dicomweb_files import FetchedSeries
 from lib.errors import ImageError, LabelError, PacsError, RefSegError
 from lib.imaging.dicom_seg import SegIdentity, read_seg, write_seg
 from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
 SETTLE_S = 10.0  # a PACS may list what it stored a moment later
+ASKED = "asked"  # in an image's info: it was asked for by its UID, and is no image by the filter
 NOTE = "dicom"  # in a label's info: which SEG it is, and which others were there
 
 
@@ -80,11 +80,13 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
         self._unusable: dict[str, str] = {}
         self._looked = float("-inf")
         self._following = threading.RLock()
-        self._fetching = threading.RLock()
+        self._files = FetchedSeries(pacs, folder)
         self._ahead = ahead
-        self._fetcher: threading.Thread | None = None
-        make_folder(folder)
         super().__init__(str(folder), copies=copies, watch=False, keep=keep)
+        for image_id, image in self._datastore.objects.items():
+            told = image.image.info
+            if told.get(ASKED):
+                self._asked[image_id] = SeriesRow(image_id, told["StudyInstanceUID"], None, told)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -121,7 +123,7 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
 
     def at_hand(self, image_id: str) -> bool:
         """Whether it was fetched."""
-        return self._folder(image_id).is_dir()
+        return self._files.at_hand(image_id)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -245,78 +247,41 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
 
     def _image(self, image_id: str) -> ImageVolume:
         self._bring(image_id)
-        folder = self._folder(image_id)
-        if image_id not in self._datastore.objects or not folder.is_dir():
+        if image_id not in self._datastore.objects or not self.at_hand(image_id):
             msg = f"Image {image_id} not found"
             raise ImageNotFoundException(msg)
-        return read_image(folder)
+        return read_image(self._files.folder(image_id))
 
     def _bring(self, image_id: str) -> None:
-        """Fetch a series that is not here, or has grown since."""
-        row = self._row(image_id)
-        if row is None:
-            return
-        folder = self._folder(image_id)
-        with self._fetching:
-            there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
-            if there and (row.instances is None or there == row.instances):
-                return
-            beside = folder.with_name(f".{uuid.uuid4().hex}")
-            beside.mkdir()
-            start = time.perf_counter()
-            try:
-                self._pacs.fetch(row, beside)
-                if there:
-                    folder.replace(folder.with_name(f"{beside.name}.old"))
-                beside.replace(folder)
-            except PacsError:
-                if not there:
-                    raise
-                logger.warning("series %s has changed, and cannot be fetched anew", image_id)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-                shutil.rmtree(folder.with_name(f"{beside.name}.old"), ignore_errors=True)
-        seconds = time.perf_counter() - start
-        logger.info("fetched series %s in %.1f s", image_id, seconds)
+        """Fetch a series if need be; of one that is not listed the PACS is asked.
 
-    def _row(self, image_id: str) -> SeriesRow | None:
-        """A series of the list; of others the PACS is asked, since OHIF can open any."""
+        OHIF can open any series and ask for its segmentation, also those that the filter leaves
+        out. From then on they are images here, too.
+        """
         if self._rows is None:
             self.refresh()
-        known = {**self._asked, **(self._rows or {})}
-        if image_id not in known and not self.at_hand(image_id):
+        row = (self._listed() or {}).get(image_id)
+        known = image_id in self._datastore.objects
+        if row is None and not (known and self.at_hand(image_id)):
             row = self._pacs.series(image_id)
-            if row is not None:
+            if row is not None and not known:
+                row = replace(row, told={**row.told, ASKED: "true"})
                 self._asked = {**self._asked, image_id: row}
                 super().refresh()
-            return row
-        return known.get(image_id)
+        if row is not None:
+            self._files.bring(row)
 
     def _fetch_ahead(self) -> None:
         """Some images without a label must be here, for the next to be chosen from."""
-        if not self._ahead or (self._fetcher is not None and self._fetcher.is_alive()):
-            return
-        waiting = self.get_unlabeled_images()
-        missing = sorted(image_id for image_id in waiting if not self.at_hand(image_id))
+        listed = self._listed() or {}
+        waiting = [listed[i] for i in self.get_unlabeled_images() if i in listed]
+        missing = [row for row in waiting if not self.at_hand(row.series)]
         here = len(waiting) - len(missing)
         if not missing or here >= self._ahead:
             return
         if not here:
-            self._fetch_quietly(missing[:1])
-        self._fetcher = threading.Thread(
-            target=self._fetch_quietly,
-            args=(missing[: self._ahead - here],),
-            name="refseg-fetch",
-            daemon=True,
-        )
-        self._fetcher.start()
-
-    def _fetch_quietly(self, image_ids: Sequence[str]) -> None:
-        for image_id in image_ids:
-            try:
-                self._bring(image_id)
-            except (RefSegError, OSError) as error:
-                logger.warning("series %s is fetched later: %s", image_id, error)
+            self._files.bring_quietly(missing[:1])
+        self._files.bring_soon(missing[: self._ahead - here])
 
     # -- the platform's table: the PACS's list instead of the disk's ----------------------------
 
@@ -352,9 +317,6 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
         """A folder is never changed once it is here, so that its files need not be looked at."""
         status = folder.stat()
         return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
-
-    def _folder(self, image_id: str) -> Path:
-        return Path(self._datastore.image_path(), image_id)
 
 
 def open_dicomweb(url: str, folder: Path, *, ahead: int, keep: int) -> DicomwebStore:

@@ -215,6 +215,23 @@ def test_images_are_fetched_when_needed_and_some_ahead(ward: Ward) -> None:
     assert Path(info["path"]).is_file()
 
 
+def test_a_series_outside_the_filter_is_an_image_once_it_was_asked_for(
+    ward: Ward, tmp_path: Path
+) -> None:
+    voxels = np.random.default_rng(9).integers(0, 900, SHAPE).astype(np.uint16)
+    series = write_series(tmp_path / "mr", voxels, spacing_mm=SPACING, modality="MR")
+    ward.pacs.add(tmp_path / "mr")
+    ward.store.refresh()
+    assert series not in ward.store.list_images()
+    assert Path(ward.store.get_image_uri(series)).is_file()
+    labels = ward.labels(0, 5)
+    file = tmp_path / "mr.nii.gz"
+    write_label_map(file, labels, read_image(tmp_path / "mr"))
+    ward.store.save_label(series, str(file), "final", INFO)
+    restarted = ward.open("cache")
+    assert series in {row.image_id for row in labelled_images(restarted)}
+
+
 def test_labels_of_other_tags_stay_here_and_final_ones_are_deleted_in_the_pacs(
     ward: Ward,
 ) -> None:
