@@ -25,7 +25,8 @@ from lib.datastore import FINAL, StudiesDatastore, label_names
 from lib.dicomweb import Pacs, SegRow, SeriesRow
 from lib.dicomweb_files import FetchedSeries
 from lib.errors import ImageError, LabelError, PacsError, RefSegError
-from lib.imaging.dicom_seg import SegIdentity, read_seg, write_seg
+from lib.imaging.dicom_seg import SegIdentity, write_seg
+from lib.imaging.dicom_seg_reading import read_seg
 from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
 from lib.label_store import KEPT_VERSIONS
 

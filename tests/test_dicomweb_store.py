@@ -14,7 +14,8 @@ import lib.dicomweb_store as module
 from lib.datastore import image_paths, labelled_images
 from lib.dicomweb import Pacs
 from lib.dicomweb_store import DicomwebStore
-from lib.imaging.dicom_seg import read_seg, write_seg
+from lib.imaging.dicom_seg import write_seg
+from lib.imaging.dicom_seg_reading import read_seg
 from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
 from lib.strategies.board import read_board
 from lib.types import IntArray

@@ -12,7 +12,8 @@ import SimpleITK
 from pydicom.dataset import FileDataset
 
 from lib.errors import LabelError
-from lib.imaging.dicom_seg import read_seg, write_seg
+from lib.imaging.dicom_seg import write_seg
+from lib.imaging.dicom_seg_reading import read_seg
 from lib.imaging.io import ImageVolume, read_image, source_label_map
 from lib.types import IntArray
 from tests.dicom_series import write_multiframe, write_series
