@@ -134,9 +134,9 @@ class View:
         found = []
         for image_id in drawn:
             ids = self._by_image[image_id]
-            key = max(sorted(ids), key=lambda key: len(self._entries[ids[key]].stored.present))
-            if self._entries[ids[key]].stored.present:
-                found.append(key)
+            shown = {key: len(self._entries[ids[key]].stored.present) for key in sorted(ids)}
+            if any(shown.values()):  # an image may teach nothing, or that nothing is there
+                found.append(max(shown, key=shown.__getitem__))
         return found[:count]
 
     def find(self, key: SliceKey) -> Entry | None:

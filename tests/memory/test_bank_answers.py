@@ -45,7 +45,7 @@ def banks(draw):
         if partial:
             known = set(generator.choice(LABELS, generator.integers(1, 4), replace=False))
         slices = []
-        for index in range(generator.integers(1, 5)):
+        for index in range(generator.integers(0, 5)):
             vector = generator.standard_normal(SIZE).astype(np.float32)
             vector /= np.linalg.norm(vector)
             present = {name for name in sorted(known) if generator.random() < 0.4}
