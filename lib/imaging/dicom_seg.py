@@ -76,7 +76,9 @@ def write_seg(
     import highdicom
     from pydicom.sr.coding import Code
 
-    numbers = sorted({int(n) for n in np.unique(label_map) if n} | set(names))
+    numbers = sorted(
+        {int(n) for n in np.flatnonzero(np.bincount(label_map.ravel())) if n} | set(names)
+    )
     if not numbers:
         msg = (
             "The label map is empty and names no label, which a DICOM SEG cannot say. Name the "

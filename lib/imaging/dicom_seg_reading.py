@@ -58,7 +58,7 @@ def read_seg(path: Path, image: ImageVolume) -> tuple[IntArray, dict[int, str]]:
         raise LabelError(msg) from error
     if overlap:
         logger.warning("segments overlap in %d voxels; the highest number is used", overlap)
-    for number in np.unique(found):
+    for number in np.flatnonzero(np.bincount(found.ravel())):  # `unique` sorts all voxels
         names.setdefault(int(number), f"label_{number}")
     names.pop(0, None)
     labels, _ = to_canonical(found, image.source)
