@@ -1,4 +1,4 @@
-"""The server that the fuzzer talks to, with a few images that it may use up."""
+"""The server that the benchmarks of bad input, sudden ends and load talk to."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -18,19 +19,38 @@ PATIENCE_S = 900
 
 
 class FuzzServer:
-    """Started when entered, and again after it has died."""
+    """Started when entered, and again after it has died.
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    Args:
+        folder: of its studies, banks, models and log.
+        options: of `main.py serve`.
+        seeds: whether it begins with a few images that may be used up.
+        conf: options of the app.
+        plain: MONAI Label's own `start_server`, which knows no `options`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        seeds: bool = True,
+        conf: Mapping[str, str] | None = None,
+        plain: bool = False,
+    ) -> None:
         self._folder = folder.resolve()
         self._options = options
+        self._seeds = seeds
+        self._plain = plain
         folder = self._folder
+        rooms = {"bank": str(folder / "bank"), "site_models": str(folder / "site models")}
+        self._conf = {**rooms, "device": "cpu", **(conf or {})}
         self._studies = folder / "studies"
         self._log = folder / "server.log"
         self.url = ""
 
     def __enter__(self) -> "FuzzServer":
         self._studies.mkdir(parents=True, exist_ok=True)
-        for number in range(2):
+        for number in range(2 if self._seeds else 0):
             (self._studies / f"seed{number}.png").write_bytes(picture(number))
             (self._studies / f"volume{number}.nii.gz").write_bytes(volume(number))
         self._start()
@@ -65,26 +85,17 @@ class FuzzServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, str(MAIN), "serve", "--studies", str(self._studies)]
-        command += [
-            "--port",
-            port,
-            "--conf",
-            f"bank={self._folder / 'bank'}",
-            "--conf",
-            "device=cpu",
-        ]
-        command += ["--body-timeout", "5", "--max-upload-mb", "64", *self._options]
         environment = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(self._folder / "sessions")}
         with self._log.open("ab") as output:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+                self._command(port), env=environment, stdout=output, stderr=subprocess.STDOUT
             )
         self.url = f"http://127.0.0.1:{port}"
+        ready = "/info/" if self._plain else "/readyz"
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end and self.process.poll() is None:
             try:
-                if requests.get(f"{self.url}/readyz", timeout=30).ok:
+                if requests.get(f"{self.url}{ready}", timeout=30).ok:
                     return
             except requests.RequestException:
                 time.sleep(0.3)
@@ -92,3 +103,16 @@ class FuzzServer:
         time.sleep(2)
         msg = f"the server did not come up: {self.log()[-6000:]}"
         raise RuntimeError(msg)
+
+    def _command(self, port: str) -> list[str]:
+        where = ["--studies", str(self._studies), "--port", port]
+        if self._plain:
+            command = [sys.executable, "-m", "monailabel.main", "start_server", *where]
+            command += ["--app", str(MAIN.parent), "--host", "127.0.0.1"]
+            for name, value in self._conf.items():
+                command += ["--conf", name, value]
+            return command
+        command = [sys.executable, str(MAIN), "serve", *where]
+        for name, value in self._conf.items():
+            command += ["--conf", f"{name}={value}"]
+        return [*command, "--body-timeout", "5", "--max-upload-mb", "64", *self._options]

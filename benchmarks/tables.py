@@ -1,9 +1,10 @@
 """Fill the tables of docs/results.md from the files of benchmarks/results.
 
 A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`, FILE being `reference` (the bundled
-weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
-names, and that were not, or were, trained on in their other half). The text around it is written
-by hand and left alone, so that figures are never copied by hand.
+weights), `untrained`, or `study` (`reference` against `as_trained`, whatever SETS), and SETS names
+with commas, `unseen` or `held-out` (all that no other table names, and that were not, or were,
+trained on in their other half). The text around it is written by hand and left alone, so that
+figures are never copied by hand.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BLOCK = re.compile(r"(<!-- (reference|untrained): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (reference|untrained|study): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 STAGES = ("encode", "retrieve", "load", "segment", "merge")
 
 Rows = dict[str, dict[int, dict[str, Any]]]  # set -> k -> row of reference_segmentation.py
@@ -44,7 +45,7 @@ def table(rows: Rows, names: Sequence[str], *, by_label: bool) -> str:
 def remarks(rows: Rows, names: Sequence[str]) -> str:
     """What the table must not hide: below copying, and more references that make it worse."""
 
-    def against(low: int) -> str:
+    def worse_than(low: int) -> str:
         last = {name: max(rows[name]) for name in names}
         worse = [n for n in names if rows[n][last[n]]["mean"] < rows[n][low]["mean"]]
         return (
@@ -55,10 +56,30 @@ def remarks(rows: Rows, names: Sequence[str]) -> str:
             or "none"
         )
 
-    text = f"\nBelow copying: {against(0)}."
+    text = f"\nBelow copying: {worse_than(0)}."
     if all(4 in rows[name] for name in names):
-        text += f" Most references worse than four: {against(4)}."
+        text += f" Most references worse than four: {worse_than(4)}."
     return text + "\n"
+
+
+def against(before: Rows, after: Rows) -> str:
+    """What the study's own labels are worth, at the largest k of both; the largest gains first."""
+    gains = {
+        name: (after[name][k]["mean"] - before[name][k]["mean"], k)
+        for name in before.keys() & after.keys()
+        for k in [max(before[name].keys() & after[name].keys())]
+        if before[name][k]["cases"] == after[name][k]["cases"]
+    }
+    changed = sorted((n for n in gains if abs(gains[n][0]) >= 0.0005), key=lambda n: -gains[n][0])
+    lines = ["| set | as trained | with the study's place | gain |", "|---|---|---|---|"]
+    for name in changed:
+        gain, k = gains[name]
+        both = (rows[name][k]["mean"] for rows in (before, after))
+        lines.append(f"| {name} | {' | '.join(f'{x:.3f}' for x in both)} | {gain:+.3f} |")
+    mean = sum(gain for gain, _ in gains.values()) / max(1, len(gains))
+    same = sorted(gains.keys() - set(changed))
+    text = f"\n{len(gains)} sets, mean gain {mean:+.3f}. Unchanged: {', '.join(same) or 'none'}.\n"
+    return "\n".join(lines) + "\n" + text
 
 
 def read_rows(path: Path) -> Rows:
@@ -75,11 +96,14 @@ def main() -> None:
     path = HERE.parent / "docs" / "results.md"
     text = path.read_text(encoding="utf-8")
     files = {
-        kind: read_rows(HERE / "results" / f"{kind}.json") for kind in ("reference", "untrained")
+        kind: read_rows(HERE / "results" / f"{kind}.json")
+        for kind in ("reference", "untrained", "as_trained")
     }
     named = {n for _, _, what, _ in BLOCK.findall(text) for n in what.split(",")}
 
     def fill(match: re.Match[str]) -> str:
+        if match[2] == "study":
+            return match[1] + against(files["as_trained"], files["reference"]) + match[4]
         rows, what = files[match[2]], match[3]
         if what in ("unseen", "held-out"):
             trained = what == "held-out"
