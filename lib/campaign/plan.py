@@ -12,7 +12,7 @@ from lib.errors import RequestError
 from lib.retrieval.ranking import NAMES
 from lib.types import LabelledImage
 
-VERSION = 1  # counted up whenever the figures of a campaign would come out otherwise
+VERSION = 2  # counted up whenever the figures of a campaign would come out otherwise
 
 RiskSource = Literal["measured", "estimated"]
 

@@ -157,10 +157,10 @@ def _references(told: Mapping[str, Any]) -> tuple[Used, ...]:
                 labels=(*before.labels, str(label)),
             )
     rows = sorted(found.values(), key=lambda used: -used.similarity)
-    before: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     turns = []
     for used in rows:
-        turns.append(before[used.image_id])
-        before[used.image_id] += 1
+        turns.append(seen[used.image_id])
+        seen[used.image_id] += 1
     order = sorted(range(len(rows)), key=lambda n: (turns[n], n))
     return tuple(rows[n] for n in order[:SHOWN])

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from apps.refseg.server.page_parts import Parts
@@ -36,12 +35,14 @@ class Row:
         state: labelled, set aside, given to somebody a moment ago, or none of these.
         client: who was given it.
         judged: how far its masks are to be trusted, if they were looked at.
+        away: it is in a PACS, and was not fetched yet.
     """
 
     image_id: str
     state: State
     client: str = ""
     judged: Reviewed | None = None
+    away: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +51,12 @@ class Look:
 
     Attributes:
         rows: by id, sorted.
-        paths: file or folder by id; empty where the images are on another server.
+        here: ids of those that need not be fetched from a PACS, and can be given to somebody.
         ready: the networks are loaded, without which bank and pool cannot be told.
     """
 
     rows: Mapping[str, Row]
-    paths: Mapping[str, Path]
+    here: frozenset[str]
     ready: bool
 
     def ids(self, *states: State) -> list[str]:
@@ -107,14 +108,13 @@ class Overlook:
 
     def _fresh(self) -> Look:
         parts, store = self._parts, self._parts.datastore
-        paths: Mapping[str, Path] = {}
         flagged: frozenset[str] = frozenset()
+        ids = sorted(store.list_images())
+        here = frozenset(ids)
         if isinstance(store, StudiesDatastore):
             board = read_board(store, parts.runtime.settings.tags, look_at_disk=False)
-            paths, labelled, flagged = board.paths, board.labelled, board.flagged
-            ids = list(paths)
+            here, labelled, flagged = frozenset(board.paths), board.labelled, board.flagged
         else:  # of another server: the path of an image would mean to fetch it
-            ids = sorted(store.list_images())
             labelled = frozenset(ids) - frozenset(store.get_unlabeled_images())
         held = parts.desk.leases.active()
         ready = parts.runtime.ready
@@ -125,10 +125,11 @@ class Overlook:
                 _state(image_id, labelled, flagged, held),
                 held[image_id].client_id if image_id in held else "",
                 judged.get(image_id),
+                away=image_id not in here,
             )
             for image_id in ids
         }
-        return Look(rows, paths, ready)
+        return Look(rows, here, ready)
 
 
 def _state(
@@ -171,7 +172,7 @@ class PoolMap:
             return self.drawn
         runtime, settings = self._parts.runtime, self._parts.runtime.settings
         risk = dict(self._parts.reviewer.risk()) if settings.examine else None
-        mark = (tuple(look.rows), *map(tuple, _groups(look)), risk, len(runtime.pool))
+        mark = (tuple(look.rows), look.here, *map(tuple, _groups(look)), risk, len(runtime.pool))
         with self._lock:
             if mark == self._mark or (self._work is None and not self._rest.due):
                 return self.drawn
@@ -206,7 +207,7 @@ class PoolMap:
                         NEXT,
                         seed=runtime.settings.seed,
                         held=held,
-                        exclude=flagged,
+                        exclude={*flagged, *(look.rows.keys() - look.here)},
                         risk=risk,
                     )
                     found = _drawn(atlas)

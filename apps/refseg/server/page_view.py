@@ -73,6 +73,7 @@ class Sheet:
         row: its state.
         place: its place in the order of what comes next; 0: none.
         problem: why it cannot be shown; empty where it can.
+        away: it is in the PACS, and was not fetched yet, which a look at it does not do.
         axis: name of the axis across the slices.
         depth: how many slices there are; 1 of a picture.
         number: of the one shown, from 0.
@@ -85,6 +86,7 @@ class Sheet:
     row: Row
     place: int
     problem: str = ""
+    away: bool = False
     axis: str = ""
     depth: int = 1
     number: int = 0
@@ -155,6 +157,8 @@ class View:
         """
         row, drawn = self._row(image_id), self.map.drawn
         place = drawn.places.get(image_id, 0) if drawn else 0
+        if not self._at_hand(image_id):
+            return Sheet(row, place, away=True)
         try:
             image = self._pictures.image(self._path(image_id))
             label = self._pictures.label(image_id, image)
@@ -195,6 +199,8 @@ class View:
         if axis and axis not in ("0", "1", "2"):
             raise HTTPException(404, f"There is no axis {axis!r}; there are 0, 1 and 2.")
         self._row(image_id)
+        if not self._at_hand(image_id):
+            raise HTTPException(404, "The image was not fetched from the PACS yet.")
         layers: dict[str, Over] = {"label": "label", "mask": "mask"}
         wanted = Wanted(
             image_id,
@@ -267,6 +273,10 @@ class View:
         if row is None:
             raise HTTPException(404, "There is no image of this name; the list has all that are.")
         return row
+
+    def _at_hand(self, image_id: str) -> bool:
+        store = self._parts.datastore
+        return not isinstance(store, StudiesDatastore) or store.at_hand(image_id)
 
     def _path(self, image_id: str) -> Path:
         store = self._parts.datastore
