@@ -13,7 +13,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,8 @@ import numpy as np
 import requests
 from PIL import Image
 
-from benchmarks.fuzz_server import MAIN, FuzzServer
+from benchmarks.bank_check import differences
+from benchmarks.fuzz_server import FuzzServer
 from lib.durable import digest_of
 
 IMAGES = [f"image {number}" for number in range(6)]
@@ -93,8 +93,7 @@ def main() -> int:
     for number, name in enumerate(IMAGES):
         noise = np.random.default_rng(number).integers(0, 255, SIZE, np.uint8)
         Image.fromarray(noise).save(studies / f"{name}.png")
-    conf = ("--conf", "history=1000")
-    with FuzzServer(arguments.out / "server", *conf) as server:
+    with FuzzServer(arguments.out / "server", conf={"history": "1000"}) as server:
         halves = (IMAGES[:3], IMAGES[3:])
         clients = [Client(server, arguments.out, images, n) for n, images in enumerate(halves, 1)]
         for client in clients:
@@ -110,7 +109,8 @@ def main() -> int:
             client.join()
         query = {"image": "seed0", "output": "json"}
         requests.post(f"{server.url}/infer/refseg", params=query, timeout=300).raise_for_status()
-    found = _lost(studies, clients) + _other_bank(arguments.out)
+    bank = arguments.out / "server" / "bank"
+    found = _lost(studies, clients) + differences(studies, bank, arguments.out / "bank anew")
     count = sum(len(done) for client in clients for done in client.acknowledged.values())
     print(f"{arguments.kills} kills, {count} labels acknowledged, {len(found)} findings")
     for line in found:
@@ -136,21 +136,6 @@ def _lost(studies: Path, clients: list[Client]) -> list[str]:
             older = {digest_of(path) for path in kept.glob("0*.png")} | {now}
             found += [f"{image}: version {d[:12]} is gone" for d in done if d not in older]
     return found
-
-
-def _other_bank(out: Path) -> list[str]:
-    """How the bank differs from one that is made anew."""
-    told = []
-    for bank in (out / "server" / "bank", out / "bank anew"):
-        command = [sys.executable, str(MAIN), "bank"]
-        options = ["--studies", str(out / "server/studies"), "--bank", str(bank)]
-        options += ["--conf", "device=cpu", "--json"]
-        if bank.name == "bank anew":
-            subprocess.run([*command, "rebuild", *options], check=True, capture_output=True)
-        done = subprocess.run([*command, "status", *options], check=True, capture_output=True)
-        status = json.loads(done.stdout)
-        told.append({key: status[key] for key in ("images", "slices", "labels", "failed")})
-    return [] if told[0] == told[1] else [f"the bank holds {told[0]}, made anew {told[1]}"]
 
 
 if __name__ == "__main__":
