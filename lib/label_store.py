@@ -257,6 +257,11 @@ class LabelStore(TableStore):
         found = [folder / self._filename(image_id, ending) for ending in dict.fromkeys(endings)]
         return [file for file in found if file.is_file()]
 
+    def label_files(self, image_id: str, tags: Sequence[str]) -> list[Path]:
+        """Files that are labels of an image by their names, whoever put them there; a few stats."""
+        with self.lock:
+            return [file for tag in tags for file in self._files_of(image_id, tag)]
+
     def _served_extension(self, filename: str) -> str:
         extension: str = self._to_id(Path(filename).name)[1]
         served = {pattern.replace("*", "").lower() for pattern in self._extensions}

@@ -11,6 +11,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from lib.errors import RefSegError, RequestError
+from lib.label_store import LabelStore
 from lib.memory.leases import Leases
 from lib.retrieval.ranking import Proposal
 from lib.runtime import Runtime
@@ -62,6 +63,11 @@ class Desk:
         with self._looking:
             return read_board(datastore, tags)
 
+    def just_labelled(self, datastore: Datastore, image_id: str) -> bool:
+        """Whether another process labelled an image since the disk was looked at."""
+        tags = self.runtime.settings.tags
+        return isinstance(datastore, LabelStore) and bool(datastore.label_files(image_id, tags))
+
 
 class RankedStrategy(Strategy):
     """The best image by a ranking that nobody else is at work on, leased to who asks.
@@ -103,13 +109,15 @@ class RankedStrategy(Strategy):
         """
         try:
             wanted = NextRequest.parse(request, self._desk.runtime.settings)
-            return self._answer(wanted, self._desk.board(datastore))
+            return self._answer(wanted, self._desk.board(datastore), datastore)
         except RequestError as error:
             raise HTTPException(422, str(error)) from error
         except RefSegError as error:
             raise HTTPException(503, str(error)) from error
 
-    def _answer(self, wanted: NextRequest, board: Board) -> dict[str, Any] | None:
+    def _answer(
+        self, wanted: NextRequest, board: Board, datastore: Datastore
+    ) -> dict[str, Any] | None:
         leases = self._desk.leases
         leases.skip((name for name in wanted.skip if name in board.paths), wanted.client_id)
         given: list[Proposal] = []
@@ -122,11 +130,15 @@ class RankedStrategy(Strategy):
                 break
             found = self._propose(wanted, board, table, free, wanted.images - len(given))
             for row in found.rows:
+                denied.add(row.image_id)
+                if row.image_id not in board.labelled and self._desk.just_labelled(
+                    datastore, row.image_id
+                ):
+                    continue
                 if leases.take(row.image_id, wanted.client_id, wanted.lease):
                     given.append(row)
                     if row.image_id in table.partly:
                         leases.ask(row.image_id, table.partly[row.image_id])
-                denied.add(row.image_id)
         if not given:
             logger.info("no image is left to be labelled")
             return None

@@ -76,6 +76,20 @@ def test_the_second_image_is_of_the_kind_that_is_not_labelled_yet(
     assert 0 < annotation.next()["score"] < second["score"]
 
 
+def test_an_image_that_another_process_has_just_labelled_is_not_given(
+    annotation: Annotation, tmp_path: Path
+) -> None:
+    first = annotation.next()["id"]
+    annotation.desk.leases.release([first])
+    with annotation.desk._looking:
+        time.sleep(0.5)  # so that the disk is not looked at in the next five seconds
+    assert not annotation.desk._looking.due
+    folder = annotation.studies / "labels" / "final"
+    Image.fromarray(np.ones((64, 64), np.uint8)).save(folder / f"{first}.png")
+    assert annotation.next("other")["id"] != first
+    assert not annotation.desk._looking.due
+
+
 @pytest.mark.parametrize("name", ["coverage", "uncertainty", "random", "first", *PEERS])
 def test_every_strategy_gives_each_image_once(
     name: str, annotation: Annotation, tmp_path: Path
