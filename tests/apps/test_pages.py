@@ -106,7 +106,7 @@ def get(server: ServeProcess, path: str, **more: Any) -> requests.Response:
     return server.request("GET", f"/refseg/{path}", **more)
 
 
-def until(server: ServeProcess, path: str, holds: Any, seconds: float = 60, **more: Any) -> str:
+def until(server: ServeProcess, path: str, holds: Any, seconds: float = 150, **more: Any) -> str:
     """The page as soon as something is so; it is drawn anew when there is time for it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -386,6 +386,7 @@ def test_the_server_answers_others_while_pages_are_made(ours: ServeProcess) -> N
                 answer = get(ours, f"picture?image=picture+{number:02}&large=1&over={over}")
                 failed.extend([answer.status_code] * (not answer.ok))
 
+    idle = [ours.request("GET", "/info/").elapsed.total_seconds() for _ in range(10)]
     lookers = [threading.Thread(target=look, args=(n,)) for n in range(3)]
     for looker in lookers:
         looker.start()
@@ -396,7 +397,7 @@ def test_the_server_answers_others_while_pages_are_made(ours: ServeProcess) -> N
         seconds.append(time.perf_counter() - start)
     stop.set()
     assert not failed
-    assert statistics.median(seconds) < 0.1
+    assert statistics.median(seconds) < max(0.1, 4 * statistics.median(idle))
 
 
 # -- the log-in ------------------------------------------------------------------------------------
@@ -509,6 +510,14 @@ def test_the_map_of_a_large_pool_is_bounded() -> None:
     assert drawn.count("<use") < 250
     assert "labelled: 700, drawn (50)" in drawn
     assert chart(atlas).count("<use") > 2000
+
+
+@pytest.mark.parametrize(("images", "labelled"), [(1, 0), (1, 1), (3, 3), (3, 0)])
+def test_the_map_of_a_small_pool_can_be_drawn(images: int, labelled: int) -> None:
+    pool = PoolView.of({str(n): np.eye(4, dtype=np.float32)[n : n + 1] for n in range(images)})
+    atlas = survey(pool, pool.ids[:labelled], "refseg", 5, risk={"0": 0.5})
+    assert len(atlas.order) == images - labelled
+    assert chart(atlas).count("<svg") == 1
 
 
 # -- in a browser ----------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def page_routes(
 
     def shown(name: str, code: int = 200, **facts: object) -> HTMLResponse:
         text = _page(name).render(page=name, log_in=bool(tokens), **facts)
-        return HTMLResponse(text, code, HEADERS)
+        return HTMLResponse(text.encode("utf-8", "replace"), code, HEADERS)  # names may be no text
 
     def refused(error: HTTPException) -> HTMLResponse:
         page = shown("problem.html", error.status_code, told=error, mark=request_id.get())
