@@ -29,6 +29,10 @@ class ModelStoreError(RefSegError):
     """A site's model cannot be stored, found or read."""
 
 
+class NoModelError(ModelStoreError):
+    """A site has not trained any model yet."""
+
+
 class TrainingError(RefSegError, ValueError):
     """Training cannot start or go on with these labels or on this machine."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import HTTPException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from lib.errors import RefSegError
+from lib.errors import NoModelError, RefSegError
 from lib.infers.refseg import RefSeg
 from lib.runtime import ListLabels, Runtime
 from lib.site.serving import SiteModel
@@ -63,10 +63,12 @@ class MatchSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         """Answer one request with the current model.
 
         Raises:
-            HTTPException: as `RefSeg`; 503 where there is no model that can be used.
+            HTTPException: as `RefSeg`; 404 where there is no model yet, 503 where it is no good.
         """
         try:
             serving = self._site.serving()
+        except NoModelError as error:
+            raise HTTPException(404, str(error)) from error
         except RefSegError as error:
             raise HTTPException(503, str(error)) from error
         task = self._task

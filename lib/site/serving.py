@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.errors import ModelStoreError, RefSegError
+from lib.errors import ModelStoreError, NoModelError, RefSegError
 from lib.models.devices import choose_device
 from lib.models.protocol import ReferenceSegmenter
 from lib.runtime import ListLabels, Runtime, segmenter_of
@@ -114,12 +114,13 @@ class SiteModel:
         """The model to answer a request with.
 
         Raises:
-            ModelStoreError: there is none, or the current one cannot be used.
+            NoModelError: there is none.
+            ModelStoreError: the current one cannot be used.
         """
         wanted = self.store.current()
         if wanted is None:
             msg = "This site has no model of its own yet: train one (POST /train/matchseg)."
-            raise ModelStoreError(msg)
+            raise NoModelError(msg)
         with self._lock:
             ready = self._ready
             if ready is not None and ready.card == wanted:

@@ -128,7 +128,7 @@ def test_before_the_first_model_there_is_a_trainer_and_no_task(site: Site, tmp_p
     assert info["train_stats"] == {"matchseg": {}}
     url = f"{site.server.url}/infer/matchseg?image=p0"
     refused = requests.post(url, files={"params": (None, "{}")}, timeout=60)
-    assert refused.status_code == 503
+    assert refused.status_code == 404
     assert "POST /train/matchseg" in refused.json()["detail"]
     for seed in range(3):
         submit(site, f"p{seed}", seed, tmp_path)
