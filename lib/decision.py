@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lib.types import IntArray
+from lib.imaging.pieces import tidy
+from lib.types import IntArray, Shape
 
 STEP = 1 / 16  # of a stored score; they are kept as int8, so up to +-8
 LOWEST = -128  # "no reference knows this label here"
@@ -34,9 +35,16 @@ class Decision:
     image has many.
     """
 
-    def __init__(self, labels: int, slices: int) -> None:
-        """Expect the scores of at most `slices` slices for `labels` labels."""
+    def __init__(self, labels: int, slices: int, shapes: Sequence[Shape] = ()) -> None:
+        """Nothing is decided yet.
+
+        Args:
+            labels: how many.
+            slices: at most so many will come.
+            shapes: of each label, which what is drawn is made to have; empty: any.
+        """
         self._labels = labels
+        self._shapes = shapes
         self._capacity = slices
         self._scores: npt.NDArray[np.int8] | None = None
         self._place: dict[int, int] = {}
@@ -81,7 +89,9 @@ class Decision:
         if self._shift is None:
             cut = torch.from_numpy(self.thresholds())
             self._shift = ((1 - cut) / cut).log().float()  # above 0 where above the threshold
-        return merge(scores + self._shift[:, None, None], shape)
+        drawn = merge(scores + self._shift[:, None, None], shape)
+        tidy(drawn, self._shapes)
+        return drawn
 
 
 def best_threshold(counts: npt.NDArray[np.float64], sums: npt.NDArray[np.float64]) -> float:

@@ -116,9 +116,10 @@ class Examiner:
         names = tuple(name for name in labels if name in known)
         pictures = cut(image, axis, self._window)
         height, width = pictures[0].shape[:2]
-        decisions = [Decision(len(names), len(slices)) for _ in range(3)]  # all, and two halves
         looked: list[_Looked] = []
         study = self._engine.study(bank)
+        shapes = study.shapes_of(names)
+        decisions = [Decision(len(names), len(slices), shapes) for _ in range(3)]  # and two halves
         for start in range(0, len(slices) if names else 0, self._batch):
             chunk = slices[start : start + self._batch]
             images = [pictures[index] for index in chunk]

@@ -18,6 +18,7 @@ from lib.decision import Decision
 from lib.errors import RequestError
 from lib.examples import examples_of
 from lib.imaging.io import ImageVolume, read_image
+from lib.imaging.pieces import shape_of, usual_shape
 from lib.imaging.slices import assemble, cut, cut_labels, through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.memory.records import BankVersion
@@ -124,6 +125,11 @@ class ReferenceEngine:
                     present=present,
                     absent=annotation.labels - present,
                     memory=memory,
+                    shapes={
+                        name: shape_of(mask)
+                        for name, mask in zip(names, masks.numpy(), strict=True)
+                        if name in present
+                    },
                 )
             if on_progress is not None:
                 on_progress(annotation.slices.index(chunk[-1]) + 1, len(annotation.slices))
@@ -140,7 +146,10 @@ class ReferenceEngine:
         with self._study_lock:
             version = bank.version
             if self._studied is None or self._studied[0] != (bank.folder, version):
-                learned = self.segmenter.study_of(examples_of(bank))
+                learned = replace(
+                    self.segmenter.study_of(examples_of(bank)),
+                    shapes={name: usual_shape(seen) for name, seen in bank.shapes().items()},
+                )
                 self._studied = (bank.folder, version), learned
                 logger.info("the labels say: place counts %g times as much", learned.place)
             return self._studied[1]
@@ -192,7 +201,7 @@ class ReferenceEngine:
         own_slices = _own_slices(bank, own, names, annotation)
         with watch("study"):
             study = self.study(bank) if todo else Study()
-        decision = Decision(len(names), len(todo))
+        decision = Decision(len(names), len(todo), study.shapes_of(names))
         done = 0
         for chunk in _chunks(todo, self._batch):
             images = [pictures[index] for index in chunk]

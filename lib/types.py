@@ -72,15 +72,34 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How masks of a label look on a slice.
+
+    Attributes:
+        pieces: in how many pieces they come; 0: in any number.
+        closed: whether they have no holes.
+    """
+
+    pieces: int = 0
+    closed: bool = False
+
+
+@dataclass(frozen=True)
 class Study:
     """What the labels of a study say of how its images are to be segmented.
 
     Attributes:
         place: how much a reference's place counts against its looks, 1 as in training. Organs in
             scans taken alike are found by their place; a polyp may be anywhere.
+        shapes: what nearly all masks of a label look like; labels not named have any shape.
     """
 
     place: float = 1.0
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    def shapes_of(self, labels: Sequence[str]) -> list[Shape]:
+        """Of these labels, in order."""
+        return [self.shapes.get(label, Shape()) for label in labels]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +128,7 @@ class Reference:
         absent: labels that were annotated in this image and are not on this slice. A label in
             neither set was not annotated and must teach nothing.
         memory: rows in the order of `labels`.
+        shapes: of the labels that are present, where they were looked at.
     """
 
     key: SliceKey
@@ -116,6 +136,7 @@ class Reference:
     present: frozenset[str]
     absent: frozenset[str]
     memory: Memory
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from lib.memory.store import MemoryFiles
 from lib.memory.sync import Encode, Synchronizer
 from lib.memory.view import Entry, View, embedding_matrix
 from lib.retrieval.index import VectorIndex
-from lib.types import FloatArray, LabelledImage, Match, Memory, Reference, SliceKey
+from lib.types import FloatArray, LabelledImage, Match, Memory, Reference, Shape, SliceKey
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,8 @@ class MemoryBank:
                 stored = entry.stored
                 memory, _ = self._load_one(reader, entry, stored.labels)
                 known, here = frozenset(stored.labels), frozenset(stored.present)
-                found.append(Reference(entry.key, stored.embedding, here, known - here, memory))
+                absent, shapes = known - here, stored.shapes
+                found.append(Reference(entry.key, stored.embedding, here, absent, memory, shapes))
         return found
 
     def sample(self, count: int) -> list[SliceKey]:
@@ -208,6 +209,10 @@ class MemoryBank:
     def labels(self) -> Mapping[str, LabelCount]:
         """On how many slices each label is present, and annotated but absent."""
         return MappingProxyType(self._with_view(lambda view: view.counts()))
+
+    def shapes(self) -> Mapping[str, Sequence[Shape]]:
+        """For each label what its masks look like, slice by slice."""
+        return MappingProxyType(self._with_view(lambda view: view.shapes()))
 
     def annotated(self) -> Mapping[str, frozenset[str]]:
         """Image id -> the labels that it says anything of, present or absent."""

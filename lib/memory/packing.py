@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
-from lib.types import FloatArray, Reference
+from lib.types import FloatArray, Reference, Shape
 
 _METADATA = "refseg"
 
@@ -27,6 +27,7 @@ class StoredSlice:
         rows: for each label of `sorted(present + absent)`, its row in the stored tensor.
         file: name of the file without suffix (digest of its bytes); "" before it is written.
         position: of the slice in the file.
+        shapes: of the labels that are present, where they were looked at.
     """
 
     axis: int
@@ -37,6 +38,7 @@ class StoredSlice:
     rows: tuple[int, ...]
     file: str
     position: int
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -52,6 +54,7 @@ class StoredSlice:
                 "present": self.present,
                 "absent": self.absent,
                 "rows": self.rows,
+                "shapes": {name: astuple(self.shapes[name]) for name in sorted(self.shapes)},
             }
         )
 
@@ -78,6 +81,7 @@ def from_text(text: str, embedding: FloatArray, file: str, position: int) -> Sto
         rows=tuple(fields["rows"]),
         file=file,
         position=position,
+        shapes={name: Shape(*values) for name, values in fields.get("shapes", {}).items()},
     )
 
 
@@ -133,6 +137,7 @@ def pack(
                 rows=tuple(rows),
                 file="",
                 position=position,
+                shapes=dict(reference.shapes),
             )
         )
     tensors["embeddings"] = torch.from_numpy(np.stack([item.embedding for item in slices]))

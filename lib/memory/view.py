@@ -14,7 +14,7 @@ from lib.memory.packing import StoredSlice, from_text
 from lib.memory.records import LabelCount
 from lib.retrieval.index import IdArray, VectorIndex
 from lib.retrieval.selection import top_k
-from lib.types import FloatArray, Match, SliceKey
+from lib.types import FloatArray, Match, Shape, SliceKey
 
 _GONE_KEPT = 20_000
 _TIES_LOOKED_AT = 8
@@ -151,6 +151,14 @@ class View:
             label: LabelCount(len(self._present[label]), len(ids) - len(self._present[label]))
             for label, ids in sorted(annotated.items())
         }
+
+    def shapes(self) -> dict[str, list[Shape]]:
+        """For each label what its masks look like, slice by slice."""
+        found: dict[str, list[Shape]] = defaultdict(list)
+        for entry in self._entries.values():
+            for label, shape in entry.stored.shapes.items():
+                found[label].append(shape)
+        return found
 
     def annotated(self) -> dict[str, frozenset[str]]:
         """For each image the labels that it says anything of."""

@@ -1,0 +1,82 @@
+"""In how many pieces a structure comes, and whether it has holes: seen on labels, kept in masks."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.types import Shape
+
+Mask = npt.NDArray[np.bool_]
+
+CRUMB = 0.05  # of a mask's area; smaller pieces are slips of the pen
+PINHOLE = 0.01  # of a mask's area; less is no hole
+ENOUGH = 5  # slices that show a label; fewer say nothing of its shape
+NEARLY_ALL = 0.9  # of the slices
+MOST_PIECES = 3  # more than these are not counted: cells, lesions, glands
+_TOUCHING = np.ones((3, 3), bool)  # corners touch, too
+
+
+def shape_of(mask: Mask) -> Shape:
+    """Of one mask (H, W) with at least one pixel; crumbs and pinholes are passed over."""
+    from scipy import ndimage
+
+    window = _window(mask)
+    named, _ = ndimage.label(window, _TOUCHING)
+    areas = np.bincount(named.ravel())[1:]
+    holes = int(ndimage.binary_fill_holes(window).sum()) - int(window.sum())
+    return Shape(
+        pieces=int((areas >= CRUMB * areas.sum()).sum()),
+        closed=bool(holes <= PINHOLE * areas.sum()),
+    )
+
+
+def usual_shape(seen: Iterable[Shape]) -> Shape:
+    """What nearly all masks of a label have in common."""
+    shapes = list(seen)
+    if len(shapes) < ENOUGH:
+        return Shape()
+    needed = NEARLY_ALL * len(shapes)
+    counts = np.array([shape.pieces for shape in shapes])
+    pieces = next((n for n in range(1, MOST_PIECES + 1) if (counts <= n).sum() >= needed), 0)
+    return Shape(pieces, closed=sum(shape.closed for shape in shapes) >= needed)
+
+
+def tidy(values: npt.NDArray[np.int32], shapes: Iterable[Shape]) -> None:
+    """Give each label of a slice its usual shape, in place.
+
+    Of too many pieces the largest stay; holes in what has none are filled where nothing else is.
+
+    Args:
+        values: (H, W), 0 or the label's place in `shapes` + 1.
+        shapes: of each label.
+    """
+    from scipy import ndimage
+
+    for value, shape in enumerate(shapes, start=1):
+        if shape == Shape():
+            continue
+        mask = values == value
+        if not mask.any():
+            continue
+        place = _box(mask)
+        mask, around = mask[place], values[place]
+        if shape.pieces:
+            named, count = ndimage.label(mask, _TOUCHING)
+            if count > shape.pieces:
+                areas = np.bincount(named.ravel())
+                areas[0] = 0
+                kept = np.argsort(-areas, kind="stable")[: shape.pieces]
+                around[mask & ~np.isin(named, kept)] = 0
+                mask = around == value
+        if shape.closed:
+            around[ndimage.binary_fill_holes(mask) & (around == 0)] = value
+
+
+def _box(mask: Mask) -> tuple[slice, slice]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _window(mask: Mask) -> Mask:
+    return mask[_box(mask)]
