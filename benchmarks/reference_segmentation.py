@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from lib.imaging.slices import cut, cut_labels, through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.models.matchseg import BundledEmbedder, MatchSegSegmenter
 from lib.segmenter import Options, ReferenceEngine
-from lib.types import Example, IntArray, LabelledImage, Reference, SliceKey, Study
+from lib.types import IntArray, LabelledImage, Reference, SliceKey, Study
 
 app = typer.Typer(add_completion=False)
 HEADER = (
@@ -43,10 +43,10 @@ HEADER = (
 )
 
 
-class AsTrained(MatchSegSegmenter):
+class AsTrained(ReferenceEngine):
     """Segments every study in the same way."""
 
-    def study_of(self, examples: Iterable[Example]) -> Study:  # noqa: ARG002
+    def study(self, bank: MemoryBank) -> Study:  # noqa: ARG002
         """Whatever the labels say."""
         return Study()
 
@@ -184,14 +184,18 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_trained: Annotated[
-        bool, typer.Option("--as-trained", help="Learn nothing of the study: place counts 1.")
+        bool, typer.Option("--as-trained", help="Learn nothing of the study.")
     ] = False,
 ) -> None:
     """Measure; prints a Markdown table."""
     torch.set_num_threads(threads)
-    kind = AsTrained if as_trained else MatchSegSegmenter
-    segmenter = kind.load(weights, device=device) if weights else kind.load_bundled(device=device)
-    engine = ReferenceEngine(segmenter, BundledEmbedder(segmenter), annotation="complete")
+    segmenter = (
+        MatchSegSegmenter.load(weights, device=device)
+        if weights
+        else MatchSegSegmenter.load_bundled(device=device)
+    )
+    kind = AsTrained if as_trained else ReferenceEngine
+    engine = kind(segmenter, BundledEmbedder(segmenter), annotation="complete")
     names = (
         sorted(json.loads((data / "index.json").read_text())) if sets == "all" else sets.split(",")
     )
