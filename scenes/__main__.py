@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import requests
+import SimpleITK
 
 from demo.server import REPOSITORY
 from lib.imaging.dicom_seg import write_seg
@@ -66,6 +69,7 @@ def _play(folder: Path, browser: str) -> int:
                 "chromium": browser,
                 "patient": "Phantom, 1",
                 "study": studies[1],
+                "labelled": studies[0],
                 "submit": {
                     "image": series[2],
                     "file": str(folder / "submit.nii.gz"),
@@ -80,15 +84,32 @@ def _play(folder: Path, browser: str) -> int:
             subprocess.run(
                 ["node", str(script), str(WORK / "scene.json")], check=False, timeout=400
             )
+            corrected = _held(server.url, series[0], series[1], folder)
         finally:
             server.stop()
             shutil.copy(folder / "serve.log", WORK / "serve.log")
         segs = len(orthanc.find(Modality="SEG"))
     told = json.loads((WORK / "ohif.json").read_text())
-    return _judge(told, studies, segs)
+    return _judge(told, studies, segs, corrected)
 
 
-def _judge(told: dict[str, Any], studies: list[str], segs: int) -> int:
+def _held(url: str, image: str, other: str, folder: Path) -> npt.NDArray[np.uint8]:
+    """The label that the server learns from, after the next request: (columns, rows, slices)."""
+    time.sleep(6)  # it looks at the PACS every five seconds
+    asked = {"params": (None, "{}")}
+    requests.post(
+        f"{url}/infer/refseg?image={other}&output=json", files=asked, timeout=300
+    ).raise_for_status()
+    answer = requests.get(f"{url}/datastore/label?label={image}&tag=final", timeout=60)
+    (folder / "held.nii.gz").write_bytes(answer.content)
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / "held.nii.gz"))).T
+
+
+def _judge(
+    told: dict[str, Any], studies: list[str], segs: int, corrected: npt.NDArray[np.uint8]
+) -> int:
+    drawn = organs(0)
+    added = (corrected == 2) & (drawn == 0)
     nothing: dict[str, Any] = {"names": {}}
     truth, first, second = _with_bone(1), told.get("first", nothing), told.get("second", nothing)
     organs_shown = [_dice(first, "liver", truth == 1), _dice(first, "spleen", truth == 2)]
@@ -98,9 +119,13 @@ def _judge(told: dict[str, Any], studies: list[str], segs: int) -> int:
         "next sample opens the other patient": studies[2] in told.get("opened", "")
         and studies[2] in told.get("next", ""),
         "a submitted label is one more DICOM SEG in the PACS": told.get("stored") == 200
-        and segs == 2,
+        and segs == (3 if "listed" in told else 2),
         "after it OHIF shows the vertebra, too": "vertebra" not in first["names"]
         and _dice(second, "vertebra", truth == 3) > 0.6,
+        "OHIF opens a DICOM SEG of RefSeg by its names": told.get("listed") == ["liver", "spleen"],
+        "what is corrected in OHIF and uploaded is the label that RefSeg learns from": added.sum()
+        > 100
+        and bool((corrected == drawn)[~added].all()),
     }
     for what, is_so in seen.items():
         print(f"{'seen' if is_so else 'NOT SEEN'}: {what}")

@@ -96,6 +96,36 @@ try {
   await connect();
   told.second = await run();
   await picture('ohif_after_submit');
+
+  // what the extension lacks: a label is corrected in OHIF's own mode, and stored in the PACS
+  await page.goto(`${scene.url}/ohif/segmentation?StudyInstanceUIDs=${scene.labelled}`);
+  await page.locator('[data-cy="study-browser-thumbnail-no-image"]').dblclick();
+  await page.getByText('Do you want to open this Segmentation?').waitFor();
+  told.listed = await page.getByText(/^(liver|spleen)$/).allInnerTexts();
+  await page.getByRole('button', { name: 'Yes' }).click();
+  await page.getByText('Do you want to open this Segmentation?').waitFor({ state: 'hidden' });
+  await page.waitForTimeout(2500);
+  await page.getByText('spleen', { exact: true }).click();
+  await page.locator('[data-cy="Brush"]').click();
+  const pane = await page.locator('[data-cy="viewport-pane"]').first().boundingBox();
+  const [x, y] = [pane.x + pane.width * 0.7, pane.y + pane.height * 0.5];
+  await page.mouse.move(x, y);
+  await page.mouse.down();
+  for (let step = 0; step < 10; step++) await page.mouse.move(x + 2 * step, y + (step % 5) * 4);
+  await page.mouse.up();
+  await page.waitForTimeout(1500);
+  await picture('ohif_correction');
+  const chosen = await page.getByText('Labels of RefSeg').last().boundingBox();
+  await page.mouse.click(chosen.x - 25, chosen.y + chosen.height / 2); // the dots beside the name
+  await page.getByRole('menuitem', { name: 'Export & Download' }).hover();
+  const download = page.waitForEvent('download');
+  await page.getByRole('menuitem', { name: 'Download DICOM SEG' }).click();
+  const file = join(scene.out, 'corrected.dcm');
+  await (await download).saveAs(file);
+  await page.goto(`${scene.url}/ohif/`);
+  await page.getByText('Upload').first().click();
+  await page.locator('input[type=file]').first().setInputFiles(file);
+  await page.getByText('1 file completed').waitFor();
 } catch (error) {
   told.problems.push(`${error.message}`);
   await picture('ohif_failed');

@@ -40,6 +40,8 @@ def write_patient(folder: Path, seed: int, *, study: str = "") -> str:
 
     def hounsfield(image: FileDataset, index: int) -> None:
         image.RescaleIntercept, image.WindowCenter, image.WindowWidth = -_AIR, 60, 400
+        # from the head down, as scanners number; OHIF's export turns other series upside down
+        image.InstanceNumber = SHAPE[2] - index
         image.ImagePositionPatient = [-144, -120, -300 + index * SPACING_MM[2]]
         image.StudyDate, image.StudyTime = f"202601{seed + 1:02d}", "101500"
         image.StudyDescription, image.SeriesDescription = "Abdomen", "portal venous"
