@@ -167,16 +167,26 @@ def test_the_page_without_a_slash_leads_to_it(ours: ServeProcess) -> None:
 def test_what_comes_next_on_the_page_is_what_next_sample_gives(locked: ServeProcess) -> None:
     """There no masks are judged in the background, which would change the order in between."""
     told = {"Authorization": f"Bearer {TOKEN}"}
-    locked.request("POST", "/activelearning/refseg", json={"client_id": "first"}, headers=told)
-    order: list[str] = []
-    for number in range(4):
-        order = order_of(
-            until(locked, "", lambda page, last=order[:1]: order_of(page)[:1] != last, headers=told)
+
+    def ask(client: str) -> str:
+        answer = locked.request(
+            "POST", "/activelearning/refseg", json={"client_id": client}, headers=told
         )
-        given = locked.request(
-            "POST", "/activelearning/refseg", json={"client_id": f"c{number}"}, headers=told
+        return str(answer.json()["id"])
+
+    whole = f"{PICTURES + 3} of {PICTURES + 3}"
+    given = [ask("first")]
+    until(locked, "", lambda page: whole in page, headers=told)
+    given.append(ask("second"))  # of all images, now that all are compared
+    for number in range(3):
+        page = until(
+            locked,
+            "",
+            lambda page: order_of(page) and not {*given} & {*order_of(page)},
+            headers=told,
         )
-        assert given.json()["id"] == order[0]
+        given.append(ask(f"client {number}"))
+        assert given[-1] == order_of(page)[0]
     until(locked, "", lambda page: "5 in somebody" in page, headers=told)
 
 
@@ -281,6 +291,33 @@ def test_the_button_makes_a_mask_and_shows_the_references_that_it_came_from(
     truth = np.argwhere(ball(1)[:, :, 1].T)
     assert np.abs(changed.max(0) - truth.max(0) - 1).max() < 3  # the box lies above and left of it
     assert files_of(ours.studies) == before  # nothing was stored as a label
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_mask_that_a_batch_stored_is_shown_with_its_references(
+    ours: ServeProcess, tmp_path: Path, sound: bool
+) -> None:
+    image = "picture 27" if sound else "picture 28"
+    row = {"image": "picture 03", "axis": 2, "slice": 0, "similarity": 0.87, "slices": 1}
+    params = {
+        "label_names": {"label_1": 1},
+        "references": {"label_1": [row if sound else {"image": [], "slice": "x"}]},
+        "confidence": {"label_1": 0.63},
+    }
+    file = write_picture_labels(tmp_path / "mask.png", 27)
+    with file.open("rb") as opened:
+        answer = ours.request(
+            "PUT",
+            "/datastore/label",
+            params={"image": image, "tag": "original"},
+            data={"params": json.dumps({"params": params})},
+            files={"label": (file.name, opened)},
+        )
+    assert answer.ok, answer.text
+    page = get(ours, "image", params={"image": image}).text
+    assert ("similarity 0.87" in page) == sound
+    assert ("0.63</meter>" in page) == sound
+    assert ("Segment this image" in page) != sound
 
 
 def test_a_broken_image_is_explained_and_has_a_blank_picture(ours: ServeProcess) -> None:
