@@ -15,7 +15,16 @@ from lib.memory.bank import MemoryBank
 from lib.models.protocol import AS_TRAINED
 from lib.segmentation import Options, Segmentation
 from lib.segmenter import ReferenceEngine
-from lib.types import Example, Features, FloatArray, LabelledImage, Memory, Prediction, Study
+from lib.types import (
+    Example,
+    Features,
+    FloatArray,
+    LabelledImage,
+    Memory,
+    Prediction,
+    Shape,
+    Study,
+)
 
 SIZE = 16
 SHAPE = (SIZE, SIZE, 6)
@@ -351,3 +360,34 @@ def test_the_study_is_learned_once_for_each_state_of_the_labels(tmp_path: Path) 
     studio.label("d", annotate(3), 4)
     assert studio.segment(query).study.place == 3.0
     assert {study.place for study in surveyor.studies} == {2.0, 3.0}
+
+
+def test_what_is_always_drawn_in_one_piece_is_found_in_one_piece(studio: Studio) -> None:
+    def left(values: np.ndarray) -> None:
+        values[2:8, 3:9, 2] = 1
+
+    def right(values: np.ndarray) -> None:
+        values[10:15, 3:9, 2] = 1
+
+    def both(values: np.ndarray) -> None:
+        left(values)
+        right(values)
+
+    def long(values: np.ndarray) -> None:
+        values[2:15, 3:9, 2] = 1
+
+    def rows(draws: Sequence[Callable[[np.ndarray], None]]) -> tuple[Segmentation, int]:
+        for draw in draws:
+            name = f"case {len(studio.labelled)}"
+            studio.label(name, draw, len(studio.labelled))
+        found = studio.segment(studio.image("query", 99), ["liver"])
+        return found, int(found.label_map.any((1, 2)).sum())
+
+    found, wide = rows([left, right, long])
+    assert wide == 6 + 5  # three labels say nothing yet
+    found, wide = rows([left, right])
+    assert found.study.shapes["liver"] == Shape(1, closed=True)
+    assert wide == 6
+    found, wide = rows([both])
+    assert found.study.shapes["liver"].pieces == 2
+    assert wide == 6 + 5
