@@ -138,11 +138,12 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
         """
         if label_tag != FINAL:
             return super().save_label(image_id, label_filename, label_tag, label_info)
+        info = dict(label_info or {})
         with _told(), self._following:
             image = self._image(image_id)
             label_map = read_label_map(Path(label_filename), image)
-            names = label_names(label_info or {})
-            machine = "model" in label_info and "params" in label_info
+            names = label_names(info)
+            machine = "model" in info and "params" in info  # as batches and `save_label` tell
             with tempfile.TemporaryDirectory(prefix="refseg-") as work:
                 file = Path(work, "label.dcm")
                 seg = write_seg(file, label_map, image, names, by_machine=machine)
@@ -152,9 +153,7 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
                 note = _note(seg, [*others, seg.instance])
                 mirrored = Path(work, "label.nii.gz")
                 write_label_map(mirrored, label_map, image)
-                return super().save_label(
-                    image_id, str(mirrored), FINAL, {**(label_info or {}), NOTE: note}
-                )
+                return super().save_label(image_id, str(mirrored), FINAL, {**info, NOTE: note})
 
     def seg_of(self, image_id: str, label_file: Path, info: Mapping[str, Any]) -> Path:
         """A label map as DICOM SEG in a temporary file; nothing is stored.
