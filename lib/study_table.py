@@ -97,13 +97,24 @@ class TableStore(LocalDatastore):  # type: ignore[misc]  # MONAI Label is untype
             return
         try:
             model = LocalDatastoreModel.model_validate(json.loads(path.read_bytes()))
-        except ValueError:
-            aside = path.with_name(f"{path.stem}.damaged-{time.time_ns()}.json")
-            path.replace(aside)
-            logger.error("%s is damaged: put aside as %s, made anew", path.name, aside.name)
+        except (ValueError, RecursionError):
+            self._seen = seen  # where it cannot be put aside, it is read once
+            self._put_aside(path)
             return
         model.base_path = self._datastore_path
         self._datastore, self._seen, self._config_ts = model, seen, status.st_mtime
+
+    def _put_aside(self, path: Path) -> None:
+        """A damaged table gives way to what is known in memory; at a start that is nothing yet."""
+        aside = path.with_name(f"{path.stem}.damaged-{time.time_ns()}.json")
+        try:
+            path.replace(aside)
+            logger.error("%s is damaged: put aside as %s, made anew", path.name, aside.name)
+            if self._datastore.objects:
+                with self._staged_table(undo=lambda: None):
+                    pass
+        except OSError as error:
+            self._complain(error)
 
     @contextmanager
     def _staged_table(self, *, undo: Callable[[], object]) -> Iterator[None]:

@@ -65,14 +65,17 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     assert store.get_labeled_images() == []
 
 
-@pytest.fixture
-def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(params=["whole", "damaged"])
+def read_only_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """One labelled image and one that the table does not know, or a table that tells nothing."""
     disk = tmp_path / "disk"
     disk.mkdir()
     picture(disk / "a.png", 0)
     store = open_store(disk, tmp_path)
     store.save_label("a", str(picture(tmp_path / "l.png", 1)), "final", {})
     picture(disk / "new.png", 2)
+    if request.param == "damaged":
+        (disk / "datastore_v2.json").write_bytes(b"{" * 9000)
     command = ["mount", "--bind", str(disk), str(disk)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("this user may not mount")

@@ -31,6 +31,7 @@ from monailabel.tasks.activelearning.random import Random
 from apps.refseg.server.page_parts import Parts
 from lib.datastore import StudiesDatastore, label_names, labelled_images
 from lib.dicomweb_store import open_dicomweb
+from lib.errors import RefSegError
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
 from lib.infers.refseg import RefSeg
@@ -155,6 +156,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             logger.exception("the names of the label of %s cannot be told yet", image_id)
         try:
             self._desk.leases.release([image_id])
+        except RefSegError as error:  # such as a full disk
+            logger.warning("the lease of %s ends later by itself: %s", image_id, error)
         except Exception:
             logger.exception("the lease of %s ends later by itself", image_id)
         self._runtime.sync_soon(self._labelled)
