@@ -13,13 +13,16 @@ from pydicom.dataset import Dataset
 
 from lib.errors import LabelError
 from lib.imaging.dicom_seg import MAKER
+from lib.imaging.dicom_series import dicom_volume, read_header
 from lib.imaging.geometry import to_canonical
 from lib.imaging.io import ImageVolume
+from lib.imaging.volumes import dicom_files
 from lib.types import IntArray
 
 logger = logging.getLogger(__name__)
 
 SEG_STORAGE = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # and label map
+_MODEL = "ManufacturerModelName"
 _OFF_GRID = 0.25  # of a voxel: headers are rounded
 _RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -40,6 +43,7 @@ def read_seg(path: Path, image: ImageVolume) -> tuple[IntArray, dict[int, str]]:
         if str(seg.get("SOPClassUID")) not in SEG_STORAGE:
             msg = f"{path.name} is DICOM, but no segmentation."
             raise LabelError(msg)
+        _check_order(path, seg, image)
         numbers, names = _told(seg)
         found = np.zeros(image.source.shape, np.int32)
         by_number = sorted(_painted(seg), key=lambda part: part[0])
@@ -63,6 +67,28 @@ def read_seg(path: Path, image: ImageVolume) -> tuple[IntArray, dict[int, str]]:
     names.pop(0, None)
     labels, _ = to_canonical(found, image.source)
     return np.ascontiguousarray(labels), dict(sorted(names.items()))
+
+
+def _check_order(path: Path, seg: Dataset, image: ImageVolume) -> None:
+    """Refuse frames at wrong places, which OHIF's library (dcmjs) makes of some series.
+
+    It writes frames in the order of instance numbers, and positions in the order against the
+    normal: right only where a series is numbered in that order. Seen with OHIF 3.9.
+    """
+    by_dcmjs = all(seg.get(name) == "Unspecified" for name in ("Manufacturer", _MODEL))
+    if not by_dcmjs or not image.path.is_dir():
+        return
+    volume = dicom_volume(image.path, dicom_files(image.path))
+    if volume is None or volume.frames is not None:
+        return
+    told = [read_header(file).get("InstanceNumber") for file in volume.files]
+    numbers = [int(number) for number in told if number is not None]
+    if numbers != sorted(numbers, reverse=True):
+        msg = (
+            f"The DICOM SEG {path.name} was made by OHIF, which puts slices at wrong places where "
+            "a series is not numbered from the head down. Draw this one in 3D Slicer."
+        )
+        raise LabelError(msg)
 
 
 def _told(seg: Dataset) -> tuple[dict[int, int], dict[int, str]]:

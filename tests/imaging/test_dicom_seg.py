@@ -169,6 +169,29 @@ def test_a_seg_turned_on_its_grid_is_put_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, drawn)
 
 
+@pytest.mark.parametrize("head_first", [True, False])
+def test_a_seg_of_ohif_is_believed_only_where_it_does_not_mix_up_slices(
+    head_first: bool, tmp_path: Path
+) -> None:
+    """It was seen in a browser (`make scenes`) that the other order comes back upside down."""
+
+    def number(image: FileDataset, index: int) -> None:
+        image.InstanceNumber = SHAPE[2] - index if head_first else index + 1
+
+    write_series(tmp_path / "ct", voxels(*SHAPE), spacing_mm=SPACING, edit=number)
+    image = read_image(tmp_path / "ct")
+    drawn = labels(image, 1)
+    write_seg(tmp_path / "seg.dcm", drawn, image, {1: "liver"})
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    seg.Manufacturer = seg.ManufacturerModelName = "Unspecified"
+    seg.save_as(tmp_path / "ohif.dcm")
+    if head_first:
+        np.testing.assert_array_equal(read_seg(tmp_path / "ohif.dcm", image)[0], drawn)
+    else:
+        with pytest.raises(LabelError, match="made by OHIF"):
+            read_seg(tmp_path / "ohif.dcm", image)
+
+
 def test_what_does_not_fit_is_refused_with_a_sentence(tmp_path: Path) -> None:
     image = series(tmp_path / "mr", "plain")
     drawn = labels(image, 1)
