@@ -9,10 +9,10 @@ from lib.types import Shape
 
 Mask = npt.NDArray[np.bool_]
 
-CRUMB = 0.05  # of a mask's area; smaller pieces are slips of the pen
+CRUMB = 0.05  # of a mask's area, in the smallest pieces: slips of the pen
 PINHOLE = 0.01  # of a mask's area; less is no hole
 ENOUGH = 5  # slices that show a label; fewer say nothing of its shape
-NEARLY_ALL = 0.9  # of the slices
+NEARLY_ALL = 0.95  # of the slices
 MOST_PIECES = 3  # more than these are not counted: cells, lesions, glands
 _TOUCHING = np.ones((3, 3), bool)  # corners touch, too
 
@@ -23,10 +23,11 @@ def shape_of(mask: Mask) -> Shape:
 
     window = _window(mask)
     named, _ = ndimage.label(window, _TOUCHING)
-    areas = np.bincount(named.ravel())[1:]
+    areas = np.sort(np.bincount(named.ravel())[1:])[::-1]
+    needed = int(np.searchsorted(areas.cumsum(), (1 - CRUMB) * areas.sum())) + 1
     holes = int(ndimage.binary_fill_holes(window).sum()) - int(window.sum())
     return Shape(
-        pieces=int((areas >= CRUMB * areas.sum()).sum()),
+        pieces=needed,
         closed=bool(holes <= PINHOLE * areas.sum()),
     )
 

@@ -40,6 +40,8 @@ def test_pieces_and_holes_are_counted_but_crumbs_and_pinholes_are_not() -> None:
     assert shape_of(two) == Shape(2, closed=True)
     two[22:26, 22:26] = False
     assert shape_of(two) == Shape(2, closed=False)
+    cells = blobs(*((y, x, 2) for y in range(0, 40, 4) for x in range(0, 40, 4)))
+    assert shape_of(cells).pieces == 95  # of a hundred: the five smallest may be crumbs
     corner = blobs((0, 0, 5), (5, 5, 5))
     assert shape_of(corner).pieces == 1
 
@@ -49,8 +51,8 @@ def test_pieces_and_holes_are_counted_but_crumbs_and_pinholes_are_not() -> None:
     [
         ([SOLID] * (ENOUGH - 1), ANY),
         ([SOLID] * ENOUGH, SOLID),
-        ([SOLID] * 9 + [Shape(4, closed=False)], SOLID),
-        ([SOLID] * 8 + [Shape(4, closed=False)] * 2, ANY),
+        ([SOLID] * 19 + [Shape(4, closed=False)], SOLID),
+        ([SOLID] * 18 + [Shape(4, closed=False)] * 2, ANY),
         ([SOLID] * 5 + [Shape(2, closed=True)] * 5, Shape(2, closed=True)),
         ([Shape(7, closed=True)] * 20, Shape(0, closed=True)),
         ([Shape(1, closed=False)] * 20, ONE),
