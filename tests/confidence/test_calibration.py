@@ -133,3 +133,16 @@ def test_samples_and_estimates_come_back_as_they_were(tmp_path):
     again.forget(["b"])
     assert store.marks() == {"a": "mark a2"}
     assert ConfidenceStore(tmp_path, "other net").samples() == []
+
+
+def test_a_damaged_file_of_evidence_starts_empty_and_goes_on(tmp_path, caplog):
+    store = ConfidenceStore(tmp_path, "f")
+    known = Sample("liver", Evidence(similarity=0.5, area=9), 0.25)
+    store.put_samples("one", "mark", [known])
+    (file,) = tmp_path.rglob("confidence.sqlite")
+    file.write_bytes(b"garbage" * 1000)
+    assert store.samples() == []
+    store.put_samples("one", "mark", [known])
+    assert [sample.dice for sample in store.samples()] == [0.25]
+    assert [sample.dice for sample in ConfidenceStore(tmp_path, "f").samples()] == [0.25]
+    assert len([r for r in caplog.records if "is damaged" in r.getMessage()]) == 1

@@ -85,7 +85,11 @@ def test_a_journal_left_by_a_dead_writer_does_not_poison_the_new_catalogue(store
     assert difference(bank, store.listing()) == ""
 
 
-@pytest.mark.parametrize("damage", [tear, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage",
+    [tear, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"garbage" * 500)],
+    ids=["torn", "empty", "garbage"],
+)
 def test_a_torn_memory_is_encoded_again_when_it_is_needed(
     store, bank, open_bank, encode, damage, caplog
 ):
