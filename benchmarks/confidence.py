@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.reference_segmentation import read_set
 from lib.confidence.calibration import Calibration, Sample
 from lib.confidence.evidence import Evidence
-from lib.reviewer import Reviewer
+from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings
 

@@ -1,5 +1,6 @@
 """A PACS as the studies: nothing that was acknowledged is lost, whatever the PACS does."""
 
+import base64
 import io
 import threading
 from collections.abc import Iterator
@@ -251,6 +252,14 @@ def test_labels_of_other_tags_stay_here_and_final_ones_are_deleted_in_the_pacs(
         with pytest.raises(HTTPException) as told:
             refused()
         assert told.value.status_code == 409
+
+
+def test_the_pacs_is_told_who_asks(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.dicomweb.platform.MONAI_LABEL_DICOMWEB_USERNAME", "me")
+    monkeypatch.setattr("lib.dicomweb.platform.MONAI_LABEL_DICOMWEB_PASSWORD", "secret")
+    assert Pacs(ward.pacs.url, {}).images()
+    told = ward.pacs.asked[-1][2]["Authorization"]
+    assert told == f"Basic {base64.b64encode(b'me:secret').decode()}"
 
 
 @pytest.mark.parametrize("image_id", ["1.2.3", "../x", "", "*", "a?Modality=CT"])

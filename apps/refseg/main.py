@@ -35,7 +35,7 @@ from lib.errors import RefSegError
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
 from lib.infers.refseg import RefSeg
-from lib.reviewer import Reviewer
+from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.settings import from_conf
 from lib.site.serving import SiteModel

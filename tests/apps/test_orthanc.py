@@ -24,9 +24,12 @@ from tests.apps.phantoms import dice
 from tests.apps.serve_process import ServeProcess
 from tests.dicom_series import write_multiframe, write_series
 
-pytestmark = pytest.mark.skipif(
-    not program(), reason=f"Orthanc is not installed (apt-get install {PACKAGES})"
-)
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(
+        not program(), reason=f"Orthanc is not installed (apt-get install {PACKAGES})"
+    ),
+]
 
 OHIF = {
     "result_extension": ".nrrd",

@@ -44,7 +44,7 @@ def review(
 ) -> None:
     """List images without a label by how far their masks are to be trusted, worst first."""
     from lib.datastore import StudiesDatastore
-    from lib.reviewer import Reviewer
+    from lib.reviewing.reviewer import Reviewer
     from lib.strategies.board import read_board
 
     runtime = _runtime(_settings(conf, bank=bank), studies)

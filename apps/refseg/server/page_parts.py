@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from monailabel.interfaces.datastore import Datastore
 
 from lib.infers.refseg import RefSeg
-from lib.reviewer import Reviewer
+from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.site.serving import SiteModel
 from lib.strategies.ranked import Desk

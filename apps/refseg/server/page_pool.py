@@ -11,7 +11,7 @@ from lib.campaign.atlas import Atlas, chart, survey
 from lib.datastore import StudiesDatastore
 from lib.errors import RefSegError
 from lib.memory.leases import Lease
-from lib.reviewer import Reviewed
+from lib.reviewing.reviewer import Reviewed
 from lib.strategies.board import read_board
 from lib.strategies.proposer import Rest
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lib.confidence.evidence import Evidence
 from lib.datastore import StudiesDatastore, labelled_images
-from lib.reviewer import Reviewer
+from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings
 from lib.strategies.board import read_board
