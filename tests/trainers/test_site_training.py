@@ -120,7 +120,8 @@ def test_a_damaged_image_is_left_out_and_files_of_gone_labels_are_deleted(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     bad = LabelledImage("broken", broken, labelled[0].label_path, {})
-    found = pack_cases([*labelled[:2], bad], tmp_path / "packed", Rules())
+    gone = LabelledImage("gone", labelled[2].image_path, tmp_path / "gone.png", {})
+    found = pack_cases([*labelled[:2], bad, gone], tmp_path / "packed", Rules())
     assert [case.image_id for case in found] == ["0", "1"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()}
     pack_cases(labelled[:1], tmp_path / "packed", Rules())

@@ -92,7 +92,7 @@ def pack_cases(labelled: Sequence[LabelledImage], folder: Path, rules: Rules) ->
             case = _pack(one, folder, rules)
         except TrainingError:
             raise  # the next image would not fit on the disk either
-        except RefSegError as error:
+        except (RefSegError, FileNotFoundError) as error:  # deleted since the list was made
             logger.warning("%s is not trained on: %s", one.image_id, error)
             continue
         if case is None:
