@@ -4,7 +4,7 @@ SHELL := bash
 # An imaging library sets the C locale to "C", after which files would be opened as ASCII.
 export PYTHONUTF8 := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint typecheck demo scenes serve clean
+.PHONY: help setup test lint typecheck demo scenes audit serve clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,6 +71,10 @@ scenes: setup ## RefSeg at a real PACS (Orthanc) and in OHIF in a browser; insta
 		npm install --prefix build/scenes/node --no-audit --no-fund playwright-core@1.65.1
 	$(BIN)/python -m pytest tests/apps/test_orthanc.py
 	$(BIN)/python -m scenes
+
+audit: setup ## known weaknesses of what is installed (pip-audit asks pypi.org or, with AUDIT="-s osv", osv.dev)
+	test -x build/audit/bin/pip-audit || { $(BIN)/python -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1; }
+	build/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(AUDIT)
 
 serve: setup ## start the server: make serve STUDIES=DIR [PORT=8000] [HOST=127.0.0.1]
 	@test -n "$(STUDIES)" || { echo "Which images? make serve STUDIES=DIR"; exit 2; }
