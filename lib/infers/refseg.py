@@ -127,14 +127,19 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
         own = find_by_path(labelled, str(wanted.path))
         if own is not None and own.image_id in dict(report.failed):
             own = None  # its label cannot be used, which `warnings` tell; the image can
-        found = self._runtime.engine.segment(
-            image,
-            self._runtime.bank,
-            labels=names,
-            options=wanted.options,
-            own=own,
-            on_progress=_unless_stopped(progress_logger(f"segmenting {wanted.path.name}")),
-        )
+        try:
+            found = self._runtime.engine.segment(
+                image,
+                self._runtime.bank,
+                labels=names,
+                options=wanted.options,
+                own=own,
+                on_progress=_unless_stopped(progress_logger(f"segmenting {wanted.path.name}")),
+            )
+        except LabelError:
+            if own is None or own.label_path.exists():
+                raise
+            return self._answer(wanted)  # another client deleted its label in between
         values = {name: value for value, name in enumerate(found.labels, start=1)}
         if wanted.info_numbers:
             values = {name: numbers[name] for name in found.labels}

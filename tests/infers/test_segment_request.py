@@ -14,7 +14,8 @@ from PIL import Image
 from lib.errors import RequestError
 from lib.infers.refseg import RefSeg
 from lib.infers.request import SegmentRequest, chosen_labels
-from lib.runtime import Runtime
+from lib.memory.records import SyncReport
+from lib.runtime import ListLabels, Runtime
 from lib.segmentation import Options
 from lib.settings import RefSegSettings
 from lib.types import LabelledImage
@@ -163,6 +164,28 @@ def test_info_names_what_is_being_learned_and_forgets_a_name_that_is_gone(tmp_pa
     again = RefSeg(Runtime(settings, bank_root=tmp_path / "bank", studies="x"), lambda: labelled)
     again({"image": str(tmp_path / "a.png"), "result_write_to_file": False})
     assert again.info()["labels"] == {"liver": 3}
+
+
+class Hurried(Runtime):
+    """The image's own label is deleted right after it was listed and learned."""
+
+    def sync(self, list_labels: ListLabels) -> tuple[list[LabelledImage], SyncReport]:
+        labelled, report = super().sync(list_labels)
+        for one in labelled:
+            one.label_path.unlink()
+        return labelled, report
+
+
+def test_a_label_that_is_deleted_while_its_image_is_segmented_is_no_error(tmp_path: Path) -> None:
+    Image.new("L", (24, 24)).save(tmp_path / "a.png")
+    Image.new("L", (24, 24), 1).save(tmp_path / "l.png")
+    label = LabelledImage("a", tmp_path / "a.png", tmp_path / "l.png", {1: "liver"})
+    settings = RefSegSettings(segmenter="matchseg", embedder="bundled", device="cpu")
+    runtime = Hurried(settings, bank_root=tmp_path / "bank", studies="x")
+    task = RefSeg(runtime, lambda: [label] if label.label_path.exists() else [])
+    _, answer = task({"image": str(tmp_path / "a.png"), "result_write_to_file": False})
+    assert (answer["own_slices"], answer["warnings"]) == (0, [])
+    assert answer["label_names"] == {"background": 0}
 
 
 def test_missing_weights_are_told_with_the_command_that_mends_it(
