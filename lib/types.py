@@ -76,7 +76,7 @@ class Shape:
     """How masks of a label look on a slice.
 
     Attributes:
-        pieces: in how many pieces they come; 0: in any number.
+        pieces: in how many pieces they come; 0: in any number, or not counted.
         closed: whether they have no holes.
     """
 
@@ -91,10 +91,13 @@ class Study:
     Attributes:
         place: how much a reference's place counts against its looks, 1 as in training. Organs in
             scans taken alike are found by their place; a polyp may be anywhere.
+        reach: mean distance (1 - cosine) of a query to its nearest references up to which `place`
+            was seen to hold, farther away it counts as in training; None: it holds everywhere.
         shapes: what nearly all masks of a label look like; labels not named have any shape.
     """
 
     place: float = 1.0
+    reach: float | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     def shapes_of(self, labels: Sequence[str]) -> list[Shape]:

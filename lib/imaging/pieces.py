@@ -11,6 +11,7 @@ Mask = npt.NDArray[np.bool_]
 
 CRUMB = 0.05  # of a mask's area, in the smallest pieces: slips of the pen
 PINHOLE = 0.01  # of a mask's area; less is no hole
+THIN = 0.02  # of a mask's area, in the largest square that fits: vessels, fibres
 ENOUGH = 5  # slices that show a label; fewer say nothing of its shape
 NEARLY_ALL = 0.95  # of the slices
 MOST_PIECES = 3  # more than these are not counted: cells, lesions, glands
@@ -18,16 +19,22 @@ _TOUCHING = np.ones((3, 3), bool)  # corners touch, too
 
 
 def shape_of(mask: Mask) -> Shape:
-    """Of one mask (H, W) with at least one pixel; crumbs and pinholes are passed over."""
+    """Of one mask (H, W) with at least one pixel; crumbs and pinholes are passed over.
+
+    Of many small things, and of a net of thin lines, which breaks where it is faint, the pieces
+    are not counted.
+    """
     from scipy import ndimage
 
-    window = _window(mask)
+    window = np.pad(mask[_box(mask)], 1)
     named, _ = ndimage.label(window, _TOUCHING)
     areas = np.sort(np.bincount(named.ravel())[1:])[::-1]
     needed = int(np.searchsorted(areas.cumsum(), (1 - CRUMB) * areas.sum())) + 1
+    widest = int(ndimage.distance_transform_cdt(window, "chessboard").max())  # half a square's side
+    thin = (2 * widest - 1) ** 2 < THIN * areas.sum()
     holes = int(ndimage.binary_fill_holes(window).sum()) - int(window.sum())
     return Shape(
-        pieces=needed,
+        pieces=0 if thin else needed,
         closed=bool(holes <= PINHOLE * areas.sum()),
     )
 
@@ -39,7 +46,8 @@ def usual_shape(seen: Iterable[Shape]) -> Shape:
         return Shape()
     needed = NEARLY_ALL * len(shapes)
     counts = np.array([shape.pieces for shape in shapes])
-    pieces = next((n for n in range(1, MOST_PIECES + 1) if (counts <= n).sum() >= needed), 0)
+    few = [n for n in range(1, MOST_PIECES + 1) if ((counts <= n) & (counts > 0)).sum() >= needed]
+    pieces = min(few, default=0)
     return Shape(pieces, closed=sum(shape.closed for shape in shapes) >= needed)
 
 
@@ -77,7 +85,3 @@ def tidy(values: npt.NDArray[np.int32], shapes: Iterable[Shape]) -> None:
 def _box(mask: Mask) -> tuple[slice, slice]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _window(mask: Mask) -> Mask:
-    return mask[_box(mask)]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's s
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
 PLACES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # weights of place that a study may choose
 FEWEST, FEW = 3, 4  # labelled slices; fewer say nothing of a study, or little
+NEAREST = 8  # references by which it is told how far a picture is from all
+REACH = 2.0  # farther than so many times the farthest slice left out, a study says nothing
 VERSION = 2  # raised when a stored memory would no longer fit although the weights are the same
 
 
@@ -81,6 +83,14 @@ def load_weights(path: Path, *, sha256: str | None = None) -> MatchSegNet:
         msg = f"{path.name} is not a file of network weights that fits this version: {error}"
         raise WeightsError(msg) from error
     return net.eval()
+
+
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """A slice left out: losses (N,) of its vote by weight of place, distance to the voters."""
+
+    losses: Tensor
+    distance: float
 
 
 class MatchSegSegmenter:
@@ -172,19 +182,23 @@ class MatchSegSegmenter:
         Three slices may move it one step only, two may agree by chance.
         """
         places = torch.tensor(PLACES, device=self._device)
-        losses = torch.stack([self._vote_losses(e, places) for e in examples] or [places * 0])
-        gains = (losses[:, PLACES.index(1.0), None] - losses).double()
-        gains = gains[gains.isfinite().all(1)]
-        if len(gains) < FEWEST:
+        found = [self._vote_losses(example, places) for example in examples]
+        found = [one for one in found if bool(one.losses.isfinite().all())]
+        if len(found) < FEWEST:
             return Study()
+        losses = torch.stack([one.losses for one in found])
+        gains = (losses[:, PLACES.index(1.0), None] - losses).double()
         mean, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5
         if len(gains) < FEW:
             mean[[0, -1]] = 0
         mean = torch.where(mean > error / 2, mean, 0)
-        return Study(place=PLACES[int(mean.argmax())] if bool((mean > 0).any()) else 1.0)
+        if not bool((mean > 0).any()):
+            return Study()
+        reach = REACH * max(one.distance for one in found)
+        return Study(place=PLACES[int(mean.argmax())], reach=reach)
 
     @torch.inference_mode()
-    def _vote_losses(self, example: Example, places: Tensor) -> Tensor:
+    def _vote_losses(self, example: Example, places: Tensor) -> _Left:
         cells = (self.size // 8) ** 2
         query = self._remembered([example.memory])
         memory = self._remembered(example.references)
@@ -194,7 +208,8 @@ class MatchSegSegmenter:
         )
         trust, _ = self._net.trust(similarity[None])
         known = example.known.to(self._device)
-        return self._net.vote_losses(one, memory, known, trust[0], places).cpu()
+        losses = self._net.vote_losses(one, memory, known, trust[0], places).cpu()
+        return _Left(losses, _distance(similarity))
 
     @torch.inference_mode()
     def segment(
@@ -224,7 +239,7 @@ class MatchSegSegmenter:
             Remembered(*(getattr(memory, one.name)[None] for one in fields(memory))),
             known.to(self._device)[None],
             similarity[None],
-            study.place,
+            study.place if _within(similarity, study.reach) else 1.0,
         )
         return Prediction(
             scores=output.scores[0].cpu(),
@@ -277,6 +292,15 @@ class BundledEmbedder:
             features = self._segmenter.encode(images)
         vectors = [f.embedding for f in features if f.embedding is not None]
         return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+
+
+def _distance(similarity: Tensor) -> float:
+    """Mean 1 - cosine of a picture and its nearest references."""
+    return float(1 - similarity.topk(min(NEAREST, len(similarity))).values.mean())
+
+
+def _within(similarity: Tensor, reach: float | None) -> bool:
+    return reach is None or _distance(similarity) <= reach
 
 
 @contextmanager

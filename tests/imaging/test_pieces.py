@@ -41,7 +41,15 @@ def test_pieces_and_holes_are_counted_but_crumbs_and_pinholes_are_not() -> None:
     two[22:26, 22:26] = False
     assert shape_of(two) == Shape(2, closed=False)
     cells = blobs(*((y, x, 2) for y in range(0, 40, 4) for x in range(0, 40, 4)))
-    assert shape_of(cells).pieces == 95  # of a hundred: the five smallest may be crumbs
+    assert shape_of(cells).pieces == 0
+    few = blobs(*((y, 0, 6) for y in range(0, 40, 8)))
+    assert shape_of(few).pieces == 5
+    net = np.zeros((200, 200), bool)
+    net[::20] = net[:, ::20] = True
+    assert shape_of(net) == Shape(0, closed=False)
+    ring = blobs((10, 10, 20))
+    ring[14:26, 14:26] = False
+    assert shape_of(ring) == Shape(1, closed=False)
     corner = blobs((0, 0, 5), (5, 5, 5))
     assert shape_of(corner).pieces == 1
 
@@ -55,6 +63,7 @@ def test_pieces_and_holes_are_counted_but_crumbs_and_pinholes_are_not() -> None:
         ([SOLID] * 18 + [Shape(4, closed=False)] * 2, ANY),
         ([SOLID] * 5 + [Shape(2, closed=True)] * 5, Shape(2, closed=True)),
         ([Shape(7, closed=True)] * 20, Shape(0, closed=True)),
+        ([Shape(0, closed=False)] * 20, ANY),
         ([Shape(1, closed=False)] * 20, ONE),
     ],
 )

@@ -109,6 +109,29 @@ def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegme
             assert loss == pytest.approx(float(expected), abs=2e-3)
 
 
+def test_a_query_unlike_all_that_the_study_was_learned_on_is_segmented_as_trained(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    study = study_where(segmenter, aligned=True, seed=0)
+    assert study.reach is not None
+    rng = np.random.default_rng(7)
+    images = [noise(rng) for _ in range(3)]
+    masks = [torch.zeros(1, SIDE, SIDE, dtype=torch.bool) for _ in images]
+    for mask in masks:
+        mask[0, 33:63, 33:63] = True
+    memories = learned(segmenter, images, masks)
+    known = torch.ones(3, 1, dtype=torch.bool)
+    stripes = np.zeros((SIDE, SIDE), np.float32)
+    stripes[::6] = stripes[1::6] = 1.0
+    for image, alike in ((noise(rng), True), (stripes, False)):
+        query = segmenter.encode([image])[0]
+        found = segmenter.segment(query, memories, known, study).scores
+        plain = segmenter.segment(query, memories, known).scores
+        everywhere = segmenter.segment(query, memories, known, Study(study.place)).scores
+        assert torch.equal(found, everywhere if alike else plain)
+        assert not torch.equal(everywhere, plain)
+
+
 def test_a_study_changes_the_answer_and_the_usual_one_does_not(
     segmenter: MatchSegSegmenter,
 ) -> None:
