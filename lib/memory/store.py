@@ -90,6 +90,7 @@ class MemoryFiles:
         for name in self.names():
             if name not in wanted:
                 self.path(name).unlink(missing_ok=True)
+                self._cache.forget(name)
                 swept += 1
         return swept
 

@@ -16,6 +16,7 @@ from fastapi import APIRouter
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from apps.refseg.server.memory import give_back_freed_memory
 from apps.refseg.server.options import ServeOptions
 from lib.errors import RequestError
 
@@ -66,6 +67,7 @@ def serve(options: ServeOptions, app_folder: Path) -> None:
     )
     server = _Server(config)
     server.lanes = lanes
+    give_back_freed_memory()
     server.run()
 
 
