@@ -71,7 +71,7 @@ def against(before: Rows, after: Rows) -> str:
         if before[name][k]["cases"] == after[name][k]["cases"]
     }
     changed = sorted((n for n in gains if abs(gains[n][0]) >= 0.0005), key=lambda n: -gains[n][0])
-    lines = ["| set | as trained | with the study's place | gain |", "|---|---|---|---|"]
+    lines = ["| set | as trained | with what the labels say | gain |", "|---|---|---|---|"]
     for name in changed:
         gain, k = gains[name]
         both = (rows[name][k]["mean"] for rows in (before, after))
