@@ -61,7 +61,7 @@ class MemoryBank:
         *,
         lock_timeout_s: float = 600.0,
         settled_s: float = SETTLED_S,
-        cache_bytes: int = 512 << 20,
+        cache_bytes: int = 192 << 20,
         exact_up_to: int | None = None,
         gpu: bool | None = None,
     ) -> None:
