@@ -116,7 +116,7 @@ class Catalogue:
                 if "no such table" in str(error):
                     raise  # emptied under our feet: the same
                 message = f"{self.path} cannot be used: {error}"
-                advice = "end the process that holds it, or make room and the folder writable"
+                advice = "end the process that holds it, free disk space, or make it writable"
                 message += f"; {advice}"
                 raise MemoryStoreError(message) from error
             except BaseException:
