@@ -192,11 +192,11 @@ class Sam2Segmenter:
         empty = torch.empty(0, width, dtype=self.options.memory_dtype)
         return Memory(image=torch.empty(0), labels=torch.cat([empty, *parts]))
 
-    @torch.inference_mode()
     def study_of(self, examples: Iterable[Example]) -> Study:  # noqa: ARG002
         """See `ReferenceSegmenter.study_of`: SAM 2 has nothing to choose."""
         return Study()
 
+    @torch.inference_mode()
     def segment(
         self,
         query: Features,

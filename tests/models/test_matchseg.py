@@ -49,6 +49,15 @@ def test_at_most_the_papers_number_of_parameters() -> None:
     assert sum(p.numel() for p in MatchSegNet(NetworkConfig()).parameters()) <= 7_800_000
 
 
+def test_no_step_keeps_what_only_training_needs(segmenter, pictures) -> None:
+    query = segmenter.encode(pictures[:1])[0]
+    memories = references(segmenter, pictures, 2)
+    answer = segmenter.segment(query, memories, torch.ones(4, 2, dtype=torch.bool))
+    tensors = [*query.maps, memories[0].image, answer.scores, answer.presence, answer.quality]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert answer.scores.is_inference()
+
+
 def test_grey_and_rgb_of_any_size_give_scores_on_the_working_grid(segmenter, pictures) -> None:
     query = segmenter.encode(pictures[:1])[0]
     answer = segmenter.segment(

@@ -55,6 +55,14 @@ def rows(memory: Memory, labels):
     return Memory(image=memory.image, labels=memory.labels[labels])
 
 
+def test_no_step_keeps_what_only_training_needs(segmenter, material):
+    query, memories, known = material
+    answer = segmenter.segment(query, memories, known)
+    tensors = [*query.maps, memories[0].labels, answer.scores, answer.presence, answer.quality]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert answer.scores.is_inference()  # a graph of memory attention would hold gigabytes
+
+
 def test_a_batch_of_labels_equals_each_label_alone_from_the_references_that_know_it(
     segmenter, material
 ):
