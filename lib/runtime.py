@@ -14,6 +14,7 @@ from lib.errors import RefSegError
 from lib.imaging.io import read_image
 from lib.imaging.slices import through_plane_axis
 from lib.memory.bank import MemoryBank
+from lib.memory.packing import LAYOUT
 from lib.memory.pool import EmbeddingPool
 from lib.memory.records import SyncReport
 from lib.models.protocol import ReferenceSegmenter
@@ -158,6 +159,7 @@ class Runtime:
             chosen.annotation,
             chosen.window,
             chosen.axis,
+            LAYOUT,
         )
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         return f"{engine.segmenter.name}-{engine.embedder.name}-{digest}"

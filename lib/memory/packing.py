@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from lib.types import FloatArray, Reference, Shape
 
+LAYOUT = 2  # raised when a reference is described otherwise; banks of another are made anew
 _METADATA = "refseg"
 
 
@@ -81,7 +82,7 @@ def from_text(text: str, embedding: FloatArray, file: str, position: int) -> Sto
         rows=tuple(fields["rows"]),
         file=file,
         position=position,
-        shapes={name: Shape(*values) for name, values in fields.get("shapes", {}).items()},
+        shapes={name: Shape(*values) for name, values in fields["shapes"].items()},
     )
 
 
