@@ -16,6 +16,7 @@ from lib.imaging.slices import through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.memory.packing import LAYOUT
 from lib.memory.pool import EmbeddingPool
+from lib.memory.reading import TensorCache
 from lib.memory.records import SyncReport
 from lib.models.protocol import ReferenceSegmenter
 from lib.pool import Pool
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ListLabels = Callable[[], Sequence[LabelledImage]]
 LOG_EVERY_SECONDS = 5.0
+_MEMORIES = TensorCache()  # of all banks of the process: a site's model has one of its own
 
 
 class Runtime:
@@ -169,7 +171,9 @@ class Runtime:
         """The memory bank, opened on first use."""
         with self._build_lock:
             if self._bank is None:
-                self._bank = MemoryBank(self.folder, self.fingerprint, self._references_of)
+                self._bank = MemoryBank(
+                    self.folder, self.fingerprint, self._references_of, cache=_MEMORIES
+                )
             return self._bank
 
     def use_bank(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from lib.errors import MemoryStoreError
 from lib.memory import ledger
 from lib.memory.catalogue import Catalogue, fingerprint_folder
-from lib.memory.reading import DamagedFileError, Reader
+from lib.memory.reading import DamagedFileError, Reader, TensorCache
 from lib.memory.records import BankStatus, BankVersion, LabelCount, SyncReport
 from lib.memory.signature import SETTLED_S
 from lib.memory.store import MemoryFiles
@@ -44,7 +44,7 @@ class MemoryBank:
             change; after any other exception it is tried again at the next `sync`.
         lock_timeout_s: how long to wait for another process that encodes the same image.
         settled_s: a file that changed less than this ago is hashed whatever its times say.
-        cache_bytes: of memories kept in RAM after they were read.
+        cache: of memories kept in RAM after they were read; banks may share one.
         exact_up_to: references beyond which the index becomes approximate; None is its default.
         gpu: whether the index searches on a GPU; None if there is one.
 
@@ -61,7 +61,7 @@ class MemoryBank:
         *,
         lock_timeout_s: float = 600.0,
         settled_s: float = SETTLED_S,
-        cache_bytes: int = 192 << 20,
+        cache: TensorCache | None = None,
         exact_up_to: int | None = None,
         gpu: bool | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class MemoryBank:
         self._folder = fingerprint_folder(self._parent, fingerprint)
         self._fingerprint = fingerprint
         try:
-            self._files = MemoryFiles(self._folder / "memories", cache_bytes=cache_bytes)
+            self._files = MemoryFiles(self._folder / "memories", cache=cache or TensorCache())
         except OSError as error:
             message = f"the bank's folder {self._folder} cannot be made: {error.strerror}"
             message += "; name a writable one (--conf bank DIR)"

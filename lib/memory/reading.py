@@ -63,16 +63,14 @@ class Reader:
     def _get(self, item: StoredSlice, row: int, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         return self._cache.get((item.file, item.position, row), read)
 
-    # Clones, so that no tensor keeps a file mapped that may be swept.
-
     def _image(self, item: StoredSlice) -> torch.Tensor:
-        return self._read(item, lambda h: h.get_tensor(f"{item.position}.image").clone())
+        return self._read(item, lambda h: _copy(h.get_tensor(f"{item.position}.image")))
 
     def _row(self, item: StoredSlice, row: int) -> torch.Tensor:
-        return self._read(item, lambda h: h.get_slice(f"{item.position}.labels")[row].clone())
+        return self._read(item, lambda h: _copy(h.get_slice(f"{item.position}.labels")[row]))
 
     def _blank(self, item: StoredSlice) -> torch.Tensor:
-        part = self._read(item, lambda h: h.get_slice(f"{item.position}.labels")[0:0].clone())
+        part = self._read(item, lambda h: _copy(h.get_slice(f"{item.position}.labels")[0:0]))
         return part.new_zeros(part.shape[1:])
 
     def _read(self, item: StoredSlice, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
@@ -92,10 +90,25 @@ class Reader:
         return handle
 
 
-class TensorCache:
-    """Tensors by key, at most so many bytes, least recently used out first; thread-safe."""
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of its own, so that it keeps no file mapped that may be swept.
 
-    def __init__(self, limit_bytes: int) -> None:
+    NumPy's, of one thread: torch's copy waits for all threads, which takes milliseconds where
+    another request computes.
+    """
+    if not tensor.numel():
+        return tensor.clone()
+    data = tensor.reshape(-1).view(torch.uint8).numpy().copy()
+    return torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
+
+
+class TensorCache:
+    """Tensors by key, at most so many bytes, least recently used out first; thread-safe.
+
+    Banks may share one, as files are named by their content.
+    """
+
+    def __init__(self, limit_bytes: int = 64 << 20) -> None:
         self._limit = limit_bytes
         self._held = 0
         self._tensors: OrderedDict[tuple[str, int, int], torch.Tensor] = OrderedDict()

@@ -30,13 +30,13 @@ class MemoryFiles:
 
     Args:
         folder: where the files lie; it is made.
-        cache_bytes: of memories kept in RAM, the least recently used go first.
+        cache: holds what was read.
     """
 
-    def __init__(self, folder: Path, *, cache_bytes: int) -> None:
+    def __init__(self, folder: Path, *, cache: TensorCache) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._cache = TensorCache(cache_bytes)
+        self._cache = cache
 
     def path(self, file: str) -> Path:
         """Where a file of this name lies."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lib.errors import MemoryStoreError
 from lib.examples import examples_of
 from lib.memory.bank import MemoryBank
+from lib.memory.reading import TensorCache
 from lib.types import LabelledImage, Memory, Reference, SliceKey
 
 LABELS = ("liver", "kidney", "spleen")
@@ -201,7 +202,7 @@ def test_what_is_loaded_again_comes_from_a_cache_of_bounded_size(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("one")
     one = 4 * 4 + 2 * 6  # bytes of a slice's memory
-    bank = MemoryBank(tmp_path / "bank", "f", lambda label: made, cache_bytes=2 * one)
+    bank = MemoryBank(tmp_path / "bank", "f", lambda label: made, cache=TensorCache(2 * one))
     bank.sync([LabelledImage("one", path, path)])
     keys = bank.own_slices("one")
     bank.load(keys, ["liver"])
