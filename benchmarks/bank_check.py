@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.datastore import StudiesDatastore, labelled_images
 from lib.memory.bank import MemoryBank
 from lib.runtime import Runtime
 from lib.settings import from_conf
+from lib.studies.datastore import StudiesDatastore, labelled_images
 
 TOLERANCE = 0.02  # networks add in another order when slices come in other batches
 

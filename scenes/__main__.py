@@ -15,11 +15,8 @@ import requests
 import SimpleITK
 
 from demo.server import REPOSITORY
-from lib.imaging.dicom_seg import write_seg
-from lib.imaging.geometry import to_canonical
-from lib.imaging.io import read_image, write_label_map
 from scenes.orthanc import PACKAGES, program, running_orthanc
-from scenes.patients import NAMES, bone, organs, write_patient
+from scenes.patients import NAMES, bone, draw_elsewhere, draw_on_grid, organs, write_patient
 from tests.apps.serve_process import ServeProcess
 
 WORK = REPOSITORY / "build" / "scenes"
@@ -50,15 +47,10 @@ def _play(folder: Path, browser: str) -> int:
         series = [write_patient(folder / f"p{n}", n, study=studies[n]) for n in range(3)]
         for n in range(3):
             orthanc.send(folder / f"p{n}")
-        image = read_image(folder / "p0")
-        drawn, _ = to_canonical(organs(0).astype(np.int32), image.source)
-        (folder / "seg").mkdir()
-        write_seg(folder / "seg" / "p0.dcm", np.ascontiguousarray(drawn), image, NAMES)
+        draw_elsewhere(folder / "p0", organs(0), folder / "seg")
         orthanc.send(folder / "seg")
 
-        image = read_image(folder / "p2")
-        drawn, _ = to_canonical(_with_bone(2).astype(np.int32), image.source)
-        write_label_map(folder / "submit.nii.gz", np.ascontiguousarray(drawn), image)
+        draw_on_grid(folder / "p2", _with_bone(2), folder / "submit.nii.gz")
         names = [*NAMES.values(), "vertebra"]
         server = ServeProcess(folder, orthanc.dicomweb).wait()
         try:

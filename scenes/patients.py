@@ -1,11 +1,15 @@
 """CT series of patients who do not exist: a trunk with a liver and a spleen, in noise."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import FileDataset
 
+from lib.imaging.dicom_seg import write_seg
+from lib.imaging.geometry import to_canonical
+from lib.imaging.io import ImageVolume, read_image, write_label_map
 from tests.dicom_series import write_series
 
 SHAPE = (96, 80, 10)  # columns, rows, slices
@@ -57,6 +61,26 @@ def write_patient(folder: Path, seed: int, *, study: str = "") -> str:
         study=study,
         edit=hounsfield,
     )
+
+
+def draw_elsewhere(patient: Path, labels: npt.NDArray[np.uint8], folder: Path) -> None:
+    """Write a SEG of a patient's series that comes into the PACS without the server."""
+    folder.mkdir(exist_ok=True)
+    turned, image = _as_read(patient, labels)
+    write_seg(folder / f"{time.time_ns()}.dcm", turned, image, NAMES)
+
+
+def draw_on_grid(patient: Path, labels: npt.NDArray[np.uint8], file: Path) -> None:
+    """Write a label map on the grid of a patient's series, as a client submits it."""
+    write_label_map(file, *_as_read(patient, labels))
+
+
+def _as_read(
+    patient: Path, labels: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.int32], ImageVolume]:
+    image = read_image(patient)
+    turned, _ = to_canonical(labels.astype(np.int32), image.source)
+    return np.ascontiguousarray(turned), image
 
 
 def _ellipsoid(

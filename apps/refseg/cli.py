@@ -315,7 +315,7 @@ def _runtime(settings: RefSegSettings, studies: Path | None) -> Any:
 
 
 def _labelled(runtime: Any, studies: Path) -> list[Any]:
-    from lib.datastore import StudiesDatastore, labelled_images
+    from lib.studies.datastore import StudiesDatastore, labelled_images
 
     store = StudiesDatastore(str(studies.resolve()), copies=runtime.folder / "copies", watch=False)
     found: list[Any] = labelled_images(store, runtime.settings.tags)

@@ -29,8 +29,6 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.random import Random
 
 from apps.refseg.server.page_parts import Parts
-from lib.datastore import StudiesDatastore, label_names, labelled_images
-from lib.dicomweb_store import open_dicomweb
 from lib.errors import RefSegError
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
@@ -41,6 +39,8 @@ from lib.settings import from_conf
 from lib.site.serving import SiteModel
 from lib.site.store import ModelStore
 from lib.strategies.ranked import PEERS, Desk, RankedStrategy
+from lib.studies.datastore import StudiesDatastore, label_names, labelled_images
+from lib.studies.dicomweb_store import open_dicomweb
 from lib.trainers.matchseg import MatchSegTrainer
 from lib.types import LabelledImage
 

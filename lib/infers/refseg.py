@@ -13,7 +13,6 @@ from fastapi import HTTPException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.cancellation import StoppedError, stop_if_asked
-from lib.datastore import find_by_path
 from lib.errors import ImageError, LabelError, RefSegError, RequestError
 from lib.imaging.formats import PICTURES, WRITABLE, extension_of
 from lib.imaging.io import ImageVolume, read_image, write_label_map
@@ -23,6 +22,7 @@ from lib.infers.request import SegmentRequest, chosen_labels
 from lib.runtime import ListLabels, Runtime, progress_logger
 from lib.segmentation import Segmentation
 from lib.segmenter import Progress
+from lib.studies.datastore import find_by_path
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
-from lib.datastore import FINAL, StudiesDatastore
+from lib.studies.datastore import FINAL, StudiesDatastore
 
 
 @dataclass(frozen=True, eq=False)

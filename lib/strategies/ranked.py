@@ -11,13 +11,13 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from lib.errors import RefSegError, RequestError
-from lib.label_store import LabelStore
 from lib.memory.leases import Leases
 from lib.retrieval.ranking import Proposal
 from lib.runtime import Runtime
 from lib.strategies.board import Board, read_board
 from lib.strategies.proposer import Proposals, Proposer, Rest
 from lib.strategies.request import NextRequest
+from lib.studies.label_store import LabelStore
 
 logger = logging.getLogger(__name__)
 

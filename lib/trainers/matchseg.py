@@ -11,11 +11,11 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
-from lib.datastore import image_paths, labelled_images
 from lib.errors import RefSegError, RequestError
 from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
+from lib.studies.datastore import image_paths, labelled_images
 from lib.trainers.site.loop import SitePlan
 from lib.trainers.site.progress import read_progress
 from lib.trainers.site.training import (

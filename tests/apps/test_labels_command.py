@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.datastore import StudiesDatastore
+from lib.studies.datastore import StudiesDatastore
 from tests.apps.server_process import APP
 
 

@@ -15,11 +15,8 @@ import pytest
 import requests
 import SimpleITK
 
-from lib.imaging.dicom_seg import write_seg
-from lib.imaging.geometry import to_canonical
-from lib.imaging.io import read_image
 from scenes.orthanc import PACKAGES, Orthanc, program, running_orthanc
-from scenes.patients import NAMES, SHAPE, organs, write_patient
+from scenes.patients import SHAPE, draw_elsewhere, organs, write_patient
 from tests.apps.phantoms import dice
 from tests.apps.serve_process import ServeProcess
 from tests.dicom_series import write_multiframe, write_series
@@ -111,14 +108,6 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospital]:
         server = ServeProcess(folder, orthanc.dicomweb, "--conf", "warm_up=false").wait()
         yield Hospital(orthanc, server, series, folder)
         server.stop()
-
-
-def draw_elsewhere(patient: Path, labels: np.ndarray, folder: Path) -> None:
-    """A SEG that came into the PACS without this server."""
-    image = read_image(patient)
-    turned, _ = to_canonical(labels.astype(np.int32), image.source)
-    folder.mkdir(exist_ok=True)
-    write_seg(folder / f"{time.time_ns()}.dcm", np.ascontiguousarray(turned), image, NAMES)
 
 
 def test_a_label_of_the_pacs_is_a_reference_and_ohif_gets_its_mask(hospital: Hospital) -> None:

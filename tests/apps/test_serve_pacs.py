@@ -12,10 +12,7 @@ import pydicom
 import pytest
 import requests
 
-from lib.imaging.dicom_seg import write_seg
-from lib.imaging.geometry import to_canonical
-from lib.imaging.io import read_image, write_label_map
-from scenes.patients import NAMES, SHAPE, organs, write_patient
+from scenes.patients import NAMES, SHAPE, draw_elsewhere, draw_on_grid, organs, write_patient
 from tests.apps.phantoms import dice
 from tests.apps.serve_process import ServeProcess
 from tests.small_pacs import SmallPacs, running_pacs
@@ -55,10 +52,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ward]:
         series = [write_patient(folder / f"p{n}", n) for n in range(2)]
         for n in range(2):
             pacs.add(folder / f"p{n}")
-        image = read_image(folder / "p0")
-        drawn, _ = to_canonical(organs(0).astype(np.int32), image.source)
-        (folder / "seg").mkdir()
-        write_seg(folder / "seg" / "a.dcm", np.ascontiguousarray(drawn), image, NAMES)
+        draw_elsewhere(folder / "p0", organs(0), folder / "seg")
         pacs.add(folder / "seg")
         server = ServeProcess(folder, pacs.url, "--conf", "warm_up=false")
         try:
@@ -87,10 +81,8 @@ def test_a_result_as_dicom_seg_needs_no_tool(ward: Ward) -> None:
 
 
 def test_a_label_on_slicers_grid_is_stored_and_refused_when_the_pacs_refuses(ward: Ward) -> None:
-    image = read_image(ward.folder / "p1")
-    drawn, _ = to_canonical(organs(1).astype(np.int32), image.source)
     file = ward.folder / "label.nii.gz"
-    write_label_map(file, np.ascontiguousarray(drawn), image)
+    draw_on_grid(ward.folder / "p1", organs(1), file)
     # 3D Slicer may write another order of axes: the same voxels at the same places
     turned = nibabel.as_closest_canonical(nibabel.load(file))
     nibabel.save(turned, file)

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from lib.confidence.evidence import Evidence
-from lib.datastore import StudiesDatastore, labelled_images
 from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings
 from lib.strategies.board import read_board
+from lib.studies.datastore import StudiesDatastore, labelled_images
 from lib.types import LabelledImage
 from tests.apps.phantoms import write_picture, write_picture_labels
 

@@ -10,11 +10,11 @@ import pytest
 from fastapi import HTTPException
 from PIL import Image
 
-from lib.datastore import StudiesDatastore, image_paths, labelled_images
 from lib.memory.leases import Leases
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings
 from lib.strategies.ranked import PEERS, Desk, RankedStrategy
+from lib.studies.datastore import StudiesDatastore, image_paths, labelled_images
 
 
 def picture(path: Path, kind: str, seed: int) -> None:

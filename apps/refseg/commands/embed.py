@@ -35,9 +35,9 @@ def embed(
     as_json: AsJson = False,
 ) -> None:
     """Embed all images for the strategies. Stop it whenever you like: it goes on where it was."""
-    from lib.datastore import StudiesDatastore
     from lib.embedding import embed_by_dask, embed_here, embed_in_processes, require_dask
     from lib.strategies.board import read_board
+    from lib.studies.datastore import StudiesDatastore
 
     if address:
         require_dask()

@@ -68,8 +68,8 @@ def restore(
 
 
 def _store(studies: Path) -> Any:
-    from lib.datastore import StudiesDatastore
     from lib.settings import from_conf
+    from lib.studies.datastore import StudiesDatastore
 
     if not (studies / "labels").is_dir():
         msg = f"{studies} is no studies folder: it has no labels. Give --studies DIR."

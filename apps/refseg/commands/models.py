@@ -105,7 +105,7 @@ def models_train(
     as_json: AsJson = False,
 ) -> None:
     """Train without a server; published if better. Ctrl-C stops it, the same command goes on."""
-    from lib.datastore import StudiesDatastore
+    from lib.studies.datastore import StudiesDatastore
     from lib.trainers.matchseg import run_request
 
     site = _site(studies, conf, bank=bank, site_models=site_models)

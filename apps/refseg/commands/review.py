@@ -43,9 +43,9 @@ def review(
     as_json: AsJson = False,
 ) -> None:
     """List images without a label by how far their masks are to be trusted, worst first."""
-    from lib.datastore import StudiesDatastore
     from lib.reviewing.reviewer import Reviewer
     from lib.strategies.board import read_board
+    from lib.studies.datastore import StudiesDatastore
 
     runtime = _runtime(_settings(conf, bank=bank), studies)
     labelled, _ = runtime.sync(lambda: _labelled(runtime, studies))

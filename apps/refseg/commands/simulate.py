@@ -219,7 +219,7 @@ def _survey(
     from lib.campaign.atlas import survey
     from lib.campaign.plan import check_strategies
     from lib.campaign.pool_page import write_atlas
-    from lib.datastore import image_paths
+    from lib.studies.datastore import image_paths
 
     check_strategies([strategy])
     runtime = _runtime(settings, studies)
@@ -262,7 +262,7 @@ def _survey(
 
 
 def _store(studies: Path, copies: Path) -> Any:
-    from lib.datastore import StudiesDatastore
+    from lib.studies.datastore import StudiesDatastore
 
     if not studies.is_dir():
         msg = f"Studies folder {studies} does not exist; name the one given to the server."
@@ -274,7 +274,7 @@ def _labelled_in(
     store: Any, studies: Path, labels: str, *, none: bool = False
 ) -> "list[LabelledImage]":
     """Labelled images: by the datastore's tag, or by file names where the folder is elsewhere."""
-    from lib.datastore import image_paths, labelled_images
+    from lib.studies.datastore import image_paths, labelled_images
     from lib.types import LabelledImage
 
     folder = (studies / labels).resolve()

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from monailabel.config import settings as platform
 
 from apps.refseg.server.answers import translated
-from lib.dicomweb import open_session
+from lib.studies.dicomweb import open_session
 
 ASKED = ("accept", "accept-language", "content-type", "range", "if-none-match")
 ANSWERED = ("content-type", "content-range", "etag", "last-modified", "warning")

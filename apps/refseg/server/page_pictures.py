@@ -9,10 +9,10 @@ import numpy as np
 
 from apps.refseg.server.page_masks import Mask
 from apps.refseg.server.page_parts import Parts, Shelf, looks
-from lib.datastore import labelled_image
 from lib.evaluation.pictures import COLORS, Panel, jpeg
 from lib.imaging.io import ImageVolume, read_image, read_label_map
 from lib.imaging.slices import Slices, cut_labels, through_plane_axis
+from lib.studies.datastore import labelled_image
 from lib.types import IntArray
 
 Over = Literal["", "label", "mask"]

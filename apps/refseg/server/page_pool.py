@@ -8,12 +8,12 @@ from typing import Literal
 
 from apps.refseg.server.page_parts import Parts
 from lib.campaign.atlas import Atlas, chart, survey
-from lib.datastore import StudiesDatastore
 from lib.errors import RefSegError
 from lib.memory.leases import Lease
 from lib.reviewing.reviewer import Reviewed
 from lib.strategies.board import read_board
 from lib.strategies.proposer import Rest
+from lib.studies.datastore import StudiesDatastore
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from apps.refseg.server.page_masks import Mask, Masks
 from apps.refseg.server.page_parts import Parts
 from apps.refseg.server.page_pictures import LARGE, Numbers, Over, Pictures, Wanted
 from apps.refseg.server.page_pool import Drawn, Look, Overlook, PoolMap, Row, State
-from lib.datastore import StudiesDatastore
 from lib.errors import RefSegError
 from lib.evaluation.charts import Line, curves
 from lib.memory.records import BankStatus, LabelCount
 from lib.settings import AXIS_NAMES
 from lib.site.store import ModelCard, state_of
+from lib.studies.datastore import StudiesDatastore
 from lib.trainers.site.progress import Epoch, TrainingProgress, read_epochs, read_progress
 from lib.trainers.site.training import WORKROOM
 

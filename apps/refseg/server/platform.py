@@ -32,7 +32,7 @@ from apps.refseg.server.answers import http_problem, invalid_request, translated
 from apps.refseg.server.checks import check_arguments, client_of, not_served, with_argument
 from apps.refseg.server.lanes import ClientGoneError, Lane
 from apps.refseg.server.options import ServeOptions
-from lib.datastore import extensions
+from lib.studies.datastore import extensions
 
 logger = logging.getLogger(__name__)
 

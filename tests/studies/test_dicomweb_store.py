@@ -11,14 +11,14 @@ import pydicom
 import pytest
 from fastapi import HTTPException
 
-import lib.dicomweb_store as module
-from lib.datastore import image_paths, labelled_images
-from lib.dicomweb import Pacs
-from lib.dicomweb_store import DicomwebStore
+import lib.studies.dicomweb_store as module
 from lib.imaging.dicom_seg import write_seg
 from lib.imaging.dicom_seg_reading import read_seg
 from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
 from lib.strategies.board import read_board
+from lib.studies.datastore import image_paths, labelled_images
+from lib.studies.dicomweb import Pacs
+from lib.studies.dicomweb_store import DicomwebStore
 from lib.types import IntArray
 from tests.dicom_series import write_series
 from tests.small_pacs import SmallPacs, running_pacs
@@ -255,8 +255,8 @@ def test_labels_of_other_tags_stay_here_and_final_ones_are_deleted_in_the_pacs(
 
 
 def test_the_pacs_is_told_who_asks(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.dicomweb.platform.MONAI_LABEL_DICOMWEB_USERNAME", "me")
-    monkeypatch.setattr("lib.dicomweb.platform.MONAI_LABEL_DICOMWEB_PASSWORD", "secret")
+    monkeypatch.setattr("lib.studies.dicomweb.platform.MONAI_LABEL_DICOMWEB_USERNAME", "me")
+    monkeypatch.setattr("lib.studies.dicomweb.platform.MONAI_LABEL_DICOMWEB_PASSWORD", "secret")
     assert Pacs(ward.pacs.url, {}).images()
     told = ward.pacs.asked[-1][2]["Authorization"]
     assert told == f"Basic {base64.b64encode(b'me:secret').decode()}"

@@ -13,7 +13,9 @@ import pytest
 from monailabel.datastore.local import LocalDatastore
 from PIL import Image
 
-from lib.datastore import (
+from lib.imaging.io import read_image
+from lib.strategies.board import read_board
+from lib.studies.datastore import (
     StudiesDatastore,
     extensions,
     find_by_path,
@@ -21,8 +23,6 @@ from lib.datastore import (
     label_names,
     labelled_images,
 )
-from lib.imaging.io import read_image
-from lib.strategies.board import read_board
 from tests.dicom_series import write_series
 
 

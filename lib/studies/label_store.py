@@ -16,9 +16,9 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 
 from lib.durable import digest_of, make_folder, publish, stage_copy, sync_folder, write_json
 from lib.errors import RequestError
-from lib.label_history import FOLDER, LabelHistory, LabelVersion
 from lib.names import check_name
-from lib.study_table import TableStore
+from lib.studies.label_history import FOLDER, LabelHistory, LabelVersion
+from lib.studies.table import TableStore
 
 logger = logging.getLogger(__name__)
 

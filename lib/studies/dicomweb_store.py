@@ -21,14 +21,14 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, LocalDatastore
 from monailabel.interfaces.exception import ImageNotFoundException
 
-from lib.datastore import FINAL, StudiesDatastore, label_names
-from lib.dicomweb import Pacs, SegRow, SeriesRow
-from lib.dicomweb_files import FetchedSeries
 from lib.errors import ImageError, LabelError, PacsError, RefSegError
 from lib.imaging.dicom_seg import SegIdentity, write_seg
 from lib.imaging.dicom_seg_reading import read_seg
 from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
-from lib.label_store import KEPT_VERSIONS
+from lib.studies.datastore import FINAL, StudiesDatastore, label_names
+from lib.studies.dicomweb import Pacs, SegRow, SeriesRow
+from lib.studies.dicomweb_files import FetchedSeries
+from lib.studies.label_store import KEPT_VERSIONS
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.dicomweb import Pacs, SeriesRow
 from lib.durable import make_folder
 from lib.errors import PacsError, RefSegError
+from lib.studies.dicomweb import Pacs, SeriesRow
 
 logger = logging.getLogger(__name__)
 

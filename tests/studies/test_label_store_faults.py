@@ -12,9 +12,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from lib import study_table
-from lib.datastore import StudiesDatastore, labelled_images
 from lib.errors import RefSegError
+from lib.studies.datastore import StudiesDatastore, labelled_images
 
 
 def picture(path: Path, seed: int, size: int = 20) -> Path:
@@ -127,7 +126,7 @@ def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
     picture(studies / "a.png", 0)
     store = open_store(studies, tmp_path)
     table = (studies / "datastore_v2.json").read_bytes()
-    monkeypatch.setattr(study_table, "LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(table, "LOCK_TIMEOUT_S", 0.2)
     label = picture(tmp_path / "l.png", 1)
     with FileLock(studies / ".lock"):
         with pytest.raises(RefSegError, match="Try again"):

@@ -19,7 +19,7 @@ from monailabel.utils.others.generic import file_ext
 
 from lib.errors import RefSegError
 from lib.imaging.volumes import is_dicom, read_dicom_folder, write_nifti
-from lib.label_store import KEPT_VERSIONS, LabelStore
+from lib.studies.label_store import KEPT_VERSIONS, LabelStore
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import pytest
 from fastapi import HTTPException
 from PIL import Image
 
-from lib.datastore import StudiesDatastore, labelled_images
 from lib.durable import digest_of
+from lib.studies.datastore import StudiesDatastore, labelled_images
 
 TABLE = "datastore_v2.json"
 
@@ -234,7 +234,7 @@ CRASH = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {repository!r})
-from lib.datastore import StudiesDatastore
+from lib.studies.datastore import StudiesDatastore
 
 studies, first, second = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -300,7 +300,7 @@ def test_a_crash_at_any_step_leaves_the_old_label_or_the_new_one(
     first, second = save(store, tmp_path, 1), label(tmp_path, 2)
     store.update_label_info("a", "final", {"label_info": [{"name": "first", "idx": 1}]})
     script = tmp_path / "crash.py"
-    script.write_text(CRASH.format(repository=str(Path(__file__).resolve().parent.parent)))
+    script.write_text(CRASH.format(repository=str(Path(__file__).resolve().parents[2])))
     run = subprocess.run(
         [sys.executable, str(script), str(studies), str(first), str(second)],
         capture_output=True,
