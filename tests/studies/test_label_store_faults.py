@@ -125,7 +125,7 @@ def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
     studies.mkdir()
     picture(studies / "a.png", 0)
     store = open_store(studies, tmp_path)
-    table = (studies / "datastore_v2.json").read_bytes()
+    before = (studies / "datastore_v2.json").read_bytes()
     monkeypatch.setattr(table, "LOCK_TIMEOUT_S", 0.2)
     label = picture(tmp_path / "l.png", 1)
     with FileLock(studies / ".lock"):
@@ -135,7 +135,7 @@ def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
         assert store.list_images() == ["a"]
     assert "looked at later" in caplog.text
     assert "cannot be written" not in caplog.text
-    assert (studies / "datastore_v2.json").read_bytes() == table
+    assert (studies / "datastore_v2.json").read_bytes() == before
     assert not list((studies / "labels/final").iterdir())
     store.save_label("a", str(label), "final", {})
     assert (studies / "labels/final/a.png").read_bytes() == label.read_bytes()
