@@ -13,6 +13,7 @@ from filelock import FileLock
 from PIL import Image
 
 from lib.errors import RefSegError
+from lib.studies import table
 from lib.studies.datastore import StudiesDatastore, labelled_images
 
 
