@@ -12,6 +12,7 @@ from lib.retrieval.ranking import PoolView, Proposal, Ranking, make_ranking
 
 _RANKINGS_KEPT = 6
 _GROWTH = 1.1  # the view is made anew for a tenth more images, so that all of it costs little
+_ENOUGH = 24  # images to choose from; where fewer are embedded, a request waits for more
 _REST = 10.0  # times what the work took: no more than a tenth of the time is spent on it
 
 Done = Mapping[str, frozenset[str] | None]
@@ -105,7 +106,8 @@ class Proposer:
             n: how many.
             labels: that each image should have; empty: any will do.
             risk: see `Ranking.set_risk`.
-            seconds: of embedding what is missing, within this call.
+            seconds: of embedding what is missing, within this call, where hardly any image is
+                embedded yet; else one image is, and the others in the background.
         """
         with self._lock:
             self._look(paths, done.keys() | set(exclude), seconds)
@@ -126,6 +128,7 @@ class Proposer:
             known = frozenset(paths) - set(missing)
             if missing:
                 first = paths.keys() - last
+                seconds = seconds if len(known) < _ENOUGH else 0.0
                 known = frozenset(self._pool.advance(paths, first=first, seconds=seconds))
             self._known = known
         viewed = len(self._view)

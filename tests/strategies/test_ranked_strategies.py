@@ -263,3 +263,17 @@ def test_what_does_not_fit_the_time_of_a_call_is_done_in_the_background(
     while (later := annotation.next())["message"]:
         assert time.monotonic() < deadline
     assert later["embedded"] == 6
+
+
+def test_where_enough_images_are_embedded_nobody_waits_for_more(
+    annotation: Annotation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.strategies.proposer._ENOUGH", 2)
+    monkeypatch.setattr("lib.strategies.ranked.SECONDS_A_CALL", 300.0)
+    pool, paths = annotation.runtime.pool, image_paths(annotation.store)
+    pool._embed_soon = lambda paths: None  # type: ignore[method-assign] # the background rests
+    while len(pool.missing(paths)) > 4:  # files that changed just now are not trusted yet
+        for image_id in sorted(paths)[:2]:
+            pool.embed(image_id, paths[image_id])
+        time.sleep(0.2)
+    assert annotation.next()["embedded"] == 3, "one more in the request, no more"
