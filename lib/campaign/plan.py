@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -12,9 +11,7 @@ from lib.errors import RequestError
 from lib.retrieval.ranking import NAMES
 from lib.types import LabelledImage
 
-VERSION = 2  # counted up whenever the figures of a campaign would come out otherwise
-
-RiskSource = Literal["measured", "estimated"]
+VERSION = 3  # counted up whenever the figures of a campaign would come out otherwise
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,6 @@ class Plan:
         labels: names that are scored.
         slices: at most so many slices of a target are scored, evenly spread; 0: all.
         tolerance_mm: of the surface Dice.
-        risk: whether a strategy is told the confidence of the segmentations made so far, or
-            estimates all risk itself.
         source: digest of all else that the figures depend on: files, networks, options.
     """
 
@@ -41,7 +36,6 @@ class Plan:
     labels: tuple[str, ...]
     slices: int
     tolerance_mm: float
-    risk: RiskSource
     source: str
 
     @property
@@ -49,7 +43,7 @@ class Plan:
         """Digest of what one line's figures depend on.
 
         Other strategies, budgets and seeds do not change it: a campaign that is asked for more
-        keeps what it has. (With measured risk the budgets do: it is measured at each.)
+        keeps what it has.
         """
         parts = (
             VERSION,
@@ -57,8 +51,6 @@ class Plan:
             self.labels,
             self.slices,
             self.tolerance_mm,
-            self.risk,
-            self.budgets if self.risk == "measured" else (),
             self.source,
         )
         return sha256(repr(parts).encode()).hexdigest()[:16]

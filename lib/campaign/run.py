@@ -78,17 +78,13 @@ def _one_campaign(
         start = time.perf_counter()
         picked += _choose(ranking, budget - len(picked))
         choosing = time.perf_counter() - start
-        outcome = journal.outcomes.get((strategy, seed, budget))
-        if outcome is not None:
+        # No ranking is told how sure RefSeg was of a mask: it is known of the scored images alone,
+        # and a strategy that labels the worst of them would gain by what it leaves to be scored.
+        if (strategy, seed, budget) in journal.outcomes:
             advance(len(plan.targets))
         else:
-            outcome = _line(
-                plan, replay, journal, (strategy, seed, budget), picked, choosing, advance
-            )
-            journal.add(outcome)
-        if plan.risk == "measured":
-            # What the app knows at this point: how sure it was of each mask it has made.
-            ranking.set_risk({case.image_id: case.risk for case in outcome.cases})
+            place = strategy, seed, budget
+            journal.add(_line(plan, replay, journal, place, picked, choosing, advance))
 
 
 def _choose(ranking: Ranking, count: int) -> list[Proposal]:

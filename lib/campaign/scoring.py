@@ -47,12 +47,6 @@ class CaseScore:
         """Mean confidence over the same labels as `dice`."""
         return mean_of([s.confidence for s in self.labels.values() if not np.isnan(s.dice)])
 
-    @property
-    def risk(self) -> float:
-        """1 - mean confidence over the labels found: what is known without the truth."""
-        found = [s.confidence for s in self.labels.values() if s.confidence > 0]
-        return 1 - mean_of(found) if found else 1.0
-
 
 @dataclass(frozen=True, eq=False)
 class Truth:

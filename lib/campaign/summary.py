@@ -138,6 +138,16 @@ def dice_table(
     return table
 
 
+def in_common(one: Array, other: Array) -> tuple[Array, Array]:
+    """Two tables with only what both have: images that neither of two campaigns has labelled yet.
+
+    A strategy that labels hard images leaves easy ones to be scored; here it gains nothing by that.
+    """
+    runs = min(len(one), len(other))  # one may have been interrupted
+    both = np.isfinite(one[:runs]) & np.isfinite(other[:runs])
+    return np.where(both, one[:runs], np.nan), np.where(both, other[:runs], np.nan)
+
+
 def curve(table: Array) -> Array:
     """(..., B, C) -> (..., B): mean over the cases that were scored."""
     there = np.isfinite(table)
@@ -190,10 +200,10 @@ def _summary(
     gain = gain_images = None
     baseline = dice.get(BASELINE)
     if baseline is not None and strategy != BASELINE:
-        runs = min(len(baseline), len(table))  # one may have been interrupted
-        others = area(plan.budgets, curve(baseline))
-        gain = Mean.of((areas[:runs] - others[:runs]).tolist(), draws=DRAWS)
-        gain_images = gain_over_images(plan.budgets, table[:runs], baseline[:runs])
+        ours, theirs = in_common(table, baseline)
+        gains = area(plan.budgets, curve(ours)) - area(plan.budgets, curve(theirs))
+        gain = Mean.of(gains.tolist(), draws=DRAWS)
+        gain_images = gain_over_images(plan.budgets, ours, theirs)
     lines = [outcomes[strategy, seed, b] for seed in seeds for b in plan.budgets]
     last = outcomes[strategy, seeds[0], plan.budgets[-1]]
     answered = sum(line.seconds.answered for line in lines if line.budget == plan.budgets[-1])

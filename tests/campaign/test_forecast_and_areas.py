@@ -5,7 +5,7 @@ import pytest
 
 from lib.campaign.forecast import fit, forecast
 from lib.campaign.scoring import CaseScore, LabelScore
-from lib.campaign.summary import Spread, _bad_first, _rank, area, curve, gain_over_images
+from lib.campaign.summary import Spread, _bad_first, _rank, area, curve, gain_over_images, in_common
 
 BUDGETS = (1, 2, 5, 10, 20, 50)
 
@@ -90,6 +90,14 @@ def test_a_strategy_that_is_better_on_every_image_gains_and_its_interval_is_abov
     assert (gain.low, gain.high) == pytest.approx((0.05, 0.05))
     noise = gain_over_images((1, 2, 4), baseline[::-1], baseline)
     assert noise.low < 0 < noise.high
+
+
+def test_who_labels_the_hard_images_gains_nothing_by_what_is_left_to_be_scored() -> None:
+    nan = np.nan
+    picks_hard = np.array([[[nan, 0.5, 0.7]], [[nan, 0.5, 0.7]]])
+    picks_easy = np.array([[[0.1, 0.5, nan]]])
+    ours, theirs = in_common(picks_hard, picks_easy)
+    assert curve(ours).tolist() == curve(theirs).tolist() == [[0.5]]
 
 
 def test_bad_masks_among_the_least_confident_are_counted() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
-from lib.campaign.scoring import CaseScore, LabelScore, Truth, score_case
+from lib.campaign.scoring import Truth, score_case
 from lib.evaluation.metrics import dice, surface
 
 Mask = npt.NDArray[np.bool_]
@@ -128,19 +128,6 @@ def test_what_is_not_there_is_no_measurement_and_a_false_alarm_if_found() -> Non
     assert alarm is True
     assert scores["case"] == (1.0, 0.5)  # over the label that is there alone
     assert score(truth, truth)["spleen"][3] is False
-
-
-def test_risk_is_told_without_a_look_at_the_truth() -> None:
-    nan = float("nan")
-
-    def case(dice: float, *confidence: float) -> CaseScore:
-        scores = [LabelScore(dice, nan, nan, None, one) for one in confidence]
-        return CaseScore("case", {str(n): one for n, one in enumerate(scores)})
-
-    for overlap in (0.9, 0.1, nan):
-        assert case(overlap, 0.8, 0.4).risk == pytest.approx(0.4)
-        assert case(overlap, 0.8, 0.0).risk == pytest.approx(0.2)  # one label was not found
-        assert case(overlap, 0.0).risk == 1
 
 
 def test_cropping_to_the_masks_changes_no_distance() -> None:

@@ -49,7 +49,6 @@ class Folder:
             labels=replay.names,
             slices=0,
             tolerance_mm=2.0,
-            risk="measured",
             source=source_of(self.labelled, runtime.fingerprint),
         )
         journal = Journal(self.journal_path, plan.protocol)

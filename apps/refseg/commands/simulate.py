@@ -55,13 +55,6 @@ def simulate(
     ] = 0,
     wish: Annotated[str, typer.Option(help="Dice to forecast.")] = "0.8,0.9",
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.", min=0.0)] = 2.0,
-    risk: Annotated[
-        str,
-        typer.Option(
-            help="measured: strategies are told the confidence of the masks made so far, as by "
-            "the server; estimated: they are not."
-        ),
-    ] = "measured",
     dry: Annotated[
         bool, typer.Option("--dry", help="No labels needed: the order proposed, and a map.")
     ] = False,
@@ -93,7 +86,6 @@ def simulate(
                 limit_slices=limit_slices,
                 wishes=_numbers(wish, float, "wish"),
                 tolerance=tolerance,
-                risk=risk,
                 as_json=as_json,
             )
     except Timeout:
@@ -114,7 +106,6 @@ def _campaign(
     limit_slices: int,
     wishes: list[float],
     tolerance: float,
-    risk: str,
     as_json: bool,
 ) -> None:
     from lib.campaign.journal import Journal
@@ -124,9 +115,6 @@ def _campaign(
     from lib.campaign.run import play, seconds_at_most, steps
     from lib.campaign.summary import summarize
 
-    if risk not in ("measured", "estimated"):
-        msg = f"risk {risk!r}: choose measured or estimated."
-        raise RequestError(msg)
     start = time.perf_counter()
     chosen = check_strategies(names)
     runtime = CampaignRuntime(settings, work=folder / "work", studies=str(studies.resolve()))
@@ -149,7 +137,6 @@ def _campaign(
         labels=replay.names,
         slices=limit_slices,
         tolerance_mm=tolerance,
-        risk="measured" if risk == "measured" else "estimated",
         source=source_of(
             list(replay.labelled.values()), runtime.fingerprint, repr(runtime.options)
         ),
