@@ -155,7 +155,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         except Exception:
             logger.exception("the names of the label of %s cannot be told yet", image_id)
         try:
-            self._desk.leases.release([image_id])
+            self._desk.leases.saved(image_id)
         except RefSegError as error:  # such as a full disk
             logger.warning("the lease of %s ends later by itself: %s", image_id, error)
         except Exception:

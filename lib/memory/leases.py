@@ -25,11 +25,14 @@ CREATE TABLE IF NOT EXISTS skips (
     skipped_at REAL NOT NULL,
     PRIMARY KEY (image_id, client_id)
 );
-CREATE TABLE IF NOT EXISTS asked (
+CREATE TABLE IF NOT EXISTS offered (
     image_id TEXT PRIMARY KEY,
-    labels TEXT NOT NULL
+    labels TEXT NOT NULL,
+    saved INTEGER NOT NULL
 );
 """
+_ACTIVE = "given_at + seconds > :now AND given_at < :now + :skew"
+_SKEW_S = 300.0  # clocks of machines differ; given later than that, the clock was set back since
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Leases:
         now = self._clock()
         rows = self._read(
             lambda c: c.execute(
-                "SELECT image_id, client_id, given_at FROM leases WHERE given_at + seconds > ?",
-                (now,),
+                f"SELECT image_id, client_id, given_at FROM leases WHERE {_ACTIVE}",
+                {"now": now, "skew": _SKEW_S},
             ).fetchall()
         )
         return {row[0]: Lease(*row) for row in rows}
@@ -70,9 +73,9 @@ class Leases:
 
         def work(connection: sqlite3.Connection) -> bool:
             held = connection.execute(
-                "SELECT 1 FROM leases WHERE image_id = ? AND client_id != ? "
-                "AND given_at + seconds > ?",
-                (image_id, client_id, now),
+                "SELECT 1 FROM leases WHERE image_id = :image AND client_id != :client "
+                f"AND {_ACTIVE}",
+                {"image": image_id, "client": client_id, "now": now, "skew": _SKEW_S},
             ).fetchone()
             if held is None:
                 connection.execute(
@@ -115,17 +118,24 @@ class Leases:
             )
         )
 
-    def ask(self, image_id: str, labels: Collection[str]) -> None:
+    def offer(self, image_id: str, labels: Collection[str]) -> None:
         """Remember that an image labelled in part was given out for what it lacks."""
-        text = json.dumps(sorted(labels))
-        self._write(
-            lambda c: c.execute("INSERT OR REPLACE INTO asked VALUES (?, ?)", (image_id, text))
-        )
+        row = (image_id, json.dumps(sorted(labels)))
+        self._write(lambda c: c.execute("INSERT OR REPLACE INTO offered VALUES (?, ?, 0)", row))
 
-    def asked(self) -> Mapping[str, frozenset[str]]:
-        """For which labels images were given out once more."""
-        rows = self._read(lambda c: c.execute("SELECT image_id, labels FROM asked").fetchall())
+    def looked_for(self) -> Mapping[str, frozenset[str]]:
+        """The labels that were looked for on images labelled in part, which were saved since."""
+        rows = self._read(
+            lambda c: c.execute("SELECT image_id, labels FROM offered WHERE saved").fetchall()
+        )
         return {image_id: frozenset(json.loads(text)) for image_id, text in rows}
+
+    def saved(self, image_id: str) -> None:
+        """Somebody saved an image's label: nobody is at work on it any more."""
+        self.release([image_id])
+        self._write(
+            lambda c: c.execute("UPDATE offered SET saved = 1 WHERE image_id = ?", (image_id,))
+        )
 
     def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         def work() -> T:

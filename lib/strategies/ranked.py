@@ -138,7 +138,7 @@ class RankedStrategy(Strategy):
                 if leases.take(row.image_id, wanted.client_id, wanted.lease):
                     given.append(row)
                     if row.image_id in table.partly:
-                        leases.ask(row.image_id, table.partly[row.image_id])
+                        leases.offer(row.image_id, table.partly[row.image_id])
         if not given:
             logger.info("no image is left to be labelled")
             return None
@@ -199,7 +199,8 @@ class _Table:
 
     Attributes:
         done: labelled or leased images; the labels that they have of those wanted, None: all.
-        partly: images that lack labels, and which; each is offered once more.
+        partly: images that lack labels, and which; each is offered until
+            somebody who was given it for them saves it again.
         free: ids that the client may be given.
     """
 
@@ -216,13 +217,13 @@ class _Table:
         annotated: Mapping[str, frozenset[str]],
     ) -> "_Table":
         active = leases.active()
-        asked = leases.asked() if wanted.labels else {}
+        looked_for = leases.looked_for() if wanted.labels else {}
         every = frozenset(wanted.labels)
         lacks = {i: every - annotated[i] for i in board.labelled & annotated.keys()}
         partly = {
             image_id: missing
             for image_id, missing in lacks.items()
-            if missing and not missing <= asked.get(image_id, frozenset())
+            if missing and not missing <= looked_for.get(image_id, frozenset())
         }
         finished = board.labelled - partly.keys()
         leases.release(finished & active.keys())

@@ -41,6 +41,16 @@ def test_a_lease_keeps_others_away_until_it_ends(leases: Leases, clock: Clock) -
     assert leases.take("scan", "two", 60)
 
 
+def test_a_clock_that_is_set_back_ends_what_it_gave_ahead(leases: Leases, clock: Clock) -> None:
+    clock.now += 86400
+    leases.take("scan", "one", 600)
+    clock.now -= 2
+    assert "scan" in leases.active(), "clocks of machines differ by so much"
+    clock.now -= 86400
+    assert leases.active() == {}
+    assert leases.take("scan", "two", 600)
+
+
 def test_a_skipped_image_is_free_for_others(leases: Leases) -> None:
     leases.take("scan", "one", 60)
     leases.skip(["scan"], "one")
@@ -59,8 +69,10 @@ def test_a_skip_does_not_end_another_clients_lease(leases: Leases) -> None:
 
 
 def test_what_was_asked_for_is_remembered(leases: Leases) -> None:
-    leases.ask("scan", {"liver", "tumor"})
-    assert leases.asked() == {"scan": frozenset({"liver", "tumor"})}
+    leases.offer("scan", {"liver", "tumor"})
+    assert leases.looked_for() == {}
+    leases.saved("scan")
+    assert leases.looked_for() == {"scan": frozenset({"liver", "tumor"})}
 
 
 def test_of_processes_that_race_for_an_image_one_gets_it(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_work_list_is_leased_as_a_whole(annotation: Annotation) -> None:
     assert not {row["id"] for row in rest} & {row["id"] for row in rows}
 
 
-def test_an_image_labelled_in_part_is_offered_once_more(
+def test_an_image_labelled_in_part_is_offered_until_it_is_saved_again(
     annotation: Annotation, tmp_path: Path
 ) -> None:
     for image_id in annotation.store.list_images():
@@ -192,6 +192,11 @@ def test_an_image_labelled_in_part_is_offered_once_more(
     given = [annotation.next(labels="disc,ring") for _ in range(6)]
     assert len({chosen["id"] for chosen in given}) == 6
     assert all("in part" in chosen["reason"] for chosen in given)
+    assert annotation.next("another", labels="disc,ring") == {}, "all are on a screen"
+    again = annotation.next(labels="disc,ring")
+    assert again["id"] == given[0]["id"], "nobody has saved it"
+    for image_id in annotation.store.list_images():
+        annotation.desk.leases.saved(image_id)  # as they were: there is no ring
     assert annotation.next(labels="disc,ring") == {}
 
 
