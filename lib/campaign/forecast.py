@@ -120,7 +120,13 @@ def forecast(
         _curve(dice[rng.integers(seeds, size=seeds)][:, :, rng.integers(cases, size=cases)])
         for _ in range(DRAWS)
     ]
-    draws = [one for one in fit_all(budgets, np.stack(drawn)) if one is not None]
+    curves = np.stack(drawn)
+    if np.array_equal(dice, np.broadcast_to(dice[:1], dice.shape), equal_nan=True):
+        # One way through the images says nothing of others: how far it strays from the law does.
+        free = max(1, len(budgets) - FEWEST_BUDGETS)
+        strays = (means - law.at(budgets)) * np.sqrt(len(budgets) / free)
+        curves = curves + rng.choice(strays[np.isfinite(strays)], size=curves.shape)
+    draws = [one for one in fit_all(budgets, curves) if one is not None]
     return [_one(wish, law, draws, budgets, means) for wish in wishes]
 
 
@@ -135,6 +141,10 @@ def _one(
     here = law.needed(wish)
     never = float(np.mean(np.isinf(needed)))
     top = float(np.nanmax(means))
+    seen = next((b for b, mean in zip(budgets, means, strict=True) if mean >= wish), None)
+    if seen is not None and (np.isinf(here) or never > 0.5):
+        text = f"reached with {seen} labels, though the curve seems to level off below"
+        return Forecast(wish, seen, _whole(low), None, text)
     if np.isinf(here) and never > SURE:
         text = f"not reached: the curve levels off near {law.ceiling:.2f} (best seen {top:.2f})"
         return Forecast(wish, None, None, None, text)

@@ -153,7 +153,8 @@ class Proposer:
 def _bring_up_to_date(kept: _Kept, done: Done) -> None:
     """Tell a ranking what changed since it was last asked, and no more."""
     changed = [name for name, labels in kept.done.items() if done.get(name, ()) != labels]
-    kept.ranking.remove_labelled(changed)
+    if changed:
+        kept.ranking.remove_labelled(changed)
     for name in changed:
         del kept.done[name]
     fresh: dict[frozenset[str] | None, list[str]] = {}
