@@ -24,6 +24,8 @@ class ServeProcess:
         self, folder: Path, studies: Path | str, *options: str, scheme: str = "http"
     ) -> None:
         self.studies = Path(studies)
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir(exist_ok=True)
         self._log = folder / "serve.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,6 +37,7 @@ class ServeProcess:
         environment = {
             **os.environ,
             "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
+            "TMPDIR": str(self.temporary),
             "HF_HUB_OFFLINE": "1",
             # no tool is found on any machine: what the platform says of one is an error to look for
             "PATH": str(Path(sys.executable).parent),
@@ -48,6 +51,14 @@ class ServeProcess:
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def has_no_temporary_files(self) -> bool:
+        """Whether its own folder for them, the only one there, becomes empty at once."""
+        (own,) = self.temporary.glob("refseg-serve-*")
+        end = time.monotonic() + 5  # an answer that succeeds is sent before they are removed
+        while any(own.iterdir()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return not any(own.iterdir())
 
     def wait(self) -> "ServeProcess":
         end = time.monotonic() + PATIENCE_S

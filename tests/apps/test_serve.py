@@ -69,6 +69,9 @@ def started(folder: Path) -> Iterator[dict[str, Any]]:
     token.chmod(0o600)
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     command += ["-days", "2", "-keyout", str(key), "-out", str(certificate)]
+    leftover = folder / "ours" / "temporary" / "refseg-serve-killed"
+    leftover.mkdir(parents=True)
+    (leftover / "image.nii.gz").touch()
     tls = shutil.which("openssl") is not None
     if tls:
         subprocess.run(command, check=True, capture_output=True)
@@ -420,6 +423,23 @@ def test_an_upload_over_the_limit_is_refused_told_or_untold(ours: ServeProcess) 
     assert not (ours.studies / "x.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "field", "status"),
+    [
+        ("PUT", "/datastore/label?image=nobody", "label", 404),
+        ("POST", "/infer/refseg?output=json", "file", 422),
+        ("POST", "/infer/nobody?output=json", "file", 404),
+    ],
+)
+def test_an_upload_that_is_refused_leaves_nothing_behind(
+    method: str, path: str, field: str, status: int, ours: ServeProcess
+) -> None:
+    broken = {field: ("x.png", b"\x89PNG\r\n\x1a\n and no more")}
+    response = ours.request(method, path, files=broken)
+    assert response.status_code == status, response.text
+    assert ours.has_no_temporary_files()  # nor is there another folder: a killed server's is swept
+
+
 def test_a_client_that_stops_sending_is_let_go(ours: ServeProcess) -> None:
     head = ["PUT /datastore/image?image=x HTTP/1.1", f"Host: 127.0.0.1:{ours.port}"]
     head += ["Content-Type: multipart/form-data; boundary=b", "Content-Length: 5000"]
@@ -563,6 +583,21 @@ def test_a_json_log_has_no_names_of_images(ours: ServeProcess, tmp_path: Path) -
     assert told == []
 
 
+def test_a_json_log_has_no_names_of_images_that_are_gone(ours: ServeProcess) -> None:
+    """Nothing that stays is called so, as that would hide the name anyhow."""
+    files = [ours.studies / f"{name}.png" for name in ("ROE^RICHARD 1971", "POE^EDGAR.A 1972")]
+    for seed, file in enumerate(files):
+        write_picture(file, seed)
+    ours.request("POST", "/infer/refseg?image=picture&output=json")
+    quoted = requests.utils.quote(files[0].stem)
+    assert ours.request("DELETE", f"/datastore/?id={quoted}").status_code == 200
+    files[1].unlink()
+    ours.request("POST", "/infer/refseg?image=picture&output=json")
+    assert ours.log.count("is gone") >= len(files)
+    for name in ("ROE", "RICHARD", "POE", "EDGAR"):
+        assert name not in ours.log
+
+
 def test_a_stop_answers_what_runs_and_sends_the_others_away(
     ours: ServeProcess, taught: None
 ) -> None:
@@ -591,3 +626,4 @@ def test_a_stop_answers_what_runs_and_sends_the_others_away(
         ours.process.wait(30)
     assert time.monotonic() - start < 25
     assert "Finished server process" in ours.log
+    assert not list(ours.temporary.glob("refseg-serve-*"))

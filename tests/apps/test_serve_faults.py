@@ -54,12 +54,14 @@ class Faulty(ServeProcess):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     folder = tmp_path_factory.mktemp("faults")
-    studies, bank = folder / "studies", folder / "bank"
-    for place in (studies, bank):
+    studies, bank, temporary = (folder / name for name in ("studies", "bank", "temporary"))
+    for place in (studies, bank, temporary):
         place.mkdir()
     small_disk(studies, "2m")
+    started = None
     try:
         small_disk(bank, "8m")
+        small_disk(temporary, "1m")
         for seed in range(4):
             write_picture(studies / f"p{seed}.png", seed)
         started = Faulty(folder, studies, "--conf", "examine=0").wait()
@@ -70,7 +72,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
         assert started.stop() == -signal.SIGTERM  # as uvicorn ends: in order
         assert "Traceback" not in started.log
     finally:
-        for place in (studies, bank):
+        if started is not None:
+            started.stop()  # else the disks are in use
+        for place in (studies, bank, temporary):
             subprocess.run(["umount", str(place)], check=False)
 
 
@@ -155,6 +159,15 @@ def test_a_full_disk_refuses_a_label_and_keeps_the_one_before(
     assert (server.studies / TABLE).read_bytes() == table
     listed = server.request("GET", "/datastore/label/info?label=p1&tag=final").json()
     assert listed["label_info"] == NAMES["label_info"]
+
+
+def test_a_copy_that_a_full_disk_cut_short_is_removed(server: Faulty, untouched: None) -> None:
+    assert server.has_no_temporary_files()
+    with full(server.temporary):
+        refused = server.submit("p1", 7)
+        assert refused.status_code == 507
+        assert server.has_no_temporary_files()
+    assert server.segments_as_before(server.segment())
 
 
 def test_studies_that_are_read_only_are_segmented_and_a_label_is_refused(

@@ -30,8 +30,9 @@ from starlette.routing import Mount
 
 from apps.refseg.server.answers import http_problem, invalid_request, translated
 from apps.refseg.server.checks import check_arguments, client_of, not_served, with_argument
-from apps.refseg.server.lanes import ClientGoneError, Lane
+from apps.refseg.server.lanes import Lane
 from apps.refseg.server.options import ServeOptions
+from apps.refseg.server.temporary import note_temporary_files, remove
 from lib.studies.datastore import extensions
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,9 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
         request: Request = given.pop(OURS)
         given |= dict.fromkeys(its_own, request)  # FastAPI fills in one such argument, not two
         client = request.client.host if request.client else ""
+        background = given.get("background_tasks")
+        if isinstance(background, BackgroundTasks):  # routes that take uploads have one
+            background.add_task(remove, note_temporary_files())
         try:
             nothing = not_served(route.path, given, platform_settings.MONAI_LABEL_STUDIES)
             if nothing:
@@ -192,12 +196,9 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
                 client=client_of(given, client),
                 gone=until_gone(request),
             )
-        except ClientGoneError as error:
-            background = given.get("background_tasks")
-            if isinstance(background, BackgroundTasks):
-                await background()  # they delete temporary files
-            raise translated(error) from error
         except Exception as error:
+            if isinstance(background, BackgroundTasks):
+                await background()  # FastAPI does it after a success only
             raise translated(error) from error
 
     call.__signature__ = with_argument(endpoint, OURS, Request)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from apps.refseg.server.memory import give_back_freed_memory
 from apps.refseg.server.options import ServeOptions
+from apps.refseg.server.temporary import TemporaryFolder
 from lib.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,14 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.lanes: Any = None
+        self.temporary: TemporaryFolder | None = None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; requests that are being answered have the grace period."""
         self.lanes.infer.turn_away()
         await super().shutdown(sockets)
+        if self.temporary is not None:  # here: uvicorn ends the process by the signal it was sent
+            self.temporary.close()
 
 
 def serve(options: ServeOptions, app_folder: Path) -> None:
@@ -67,8 +71,12 @@ def serve(options: ServeOptions, app_folder: Path) -> None:
     )
     server = _Server(config)
     server.lanes = lanes
+    server.temporary = TemporaryFolder()
     give_back_freed_memory()
-    server.run()
+    try:
+        server.run()
+    finally:  # where it could not start
+        server.temporary.close()
 
 
 def application(
