@@ -1,5 +1,6 @@
 """What the signs of a good mask are worth: learned on the user's labels, each left out in turn."""
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -92,8 +93,10 @@ class Calibrator:
     ) -> Calibration:
         """Leave labelled images out in turn, and learn how good their masks become.
 
-        Only what is new or changed is done, and all again whenever there are twice as many labels:
-        a mask by one reference says little of masks by twenty. What is gone is forgotten.
+        What is new or changed is done first, then what was measured when there were half as many
+        labels, or twice as many: a mask by one reference says little of masks by twenty. What was
+        measured before teaches on until all that is drawn now has been measured, so that a
+        calibration does not suffer from being made a few images at a time.
 
         Args:
             labelled: all labelled images, the bank being in step with them.
@@ -105,20 +108,11 @@ class Calibrator:
         chosen = _draw(labelled, most) if len(labelled) > 1 else []
         by_id = {one.image_id: one for one in labelled}
         marks = store.marks()
-        store.forget(
-            [image_id for image_id in marks if image_id not in {c.image_id for c in chosen}]
-        )
-        todo = []
-        for one in chosen:
-            try:
-                mark = f"{self._content(one)} {len(labelled).bit_length()}"
-            except OSError:
-                continue
-            if marks.get(one.image_id) != mark:
-                todo.append((one, mark))
-        todo = todo[: len(todo) if images is None else images]
+        store.forget(marks.keys() - (by_id.keys() if chosen else set()))
+        todo = self._to_do(chosen, marks, len(labelled))
+        now = todo[: len(todo) if images is None else images]
         self._calibration = None  # what is gone was forgotten
-        for number, (one, mark) in enumerate(todo):
+        for number, (one, mark) in enumerate(now):
             try:
                 samples = self.leave_out(one, by_id)
             except (RefSegError, OSError) as error:
@@ -127,8 +121,32 @@ class Calibrator:
             store.put_samples(one.image_id, mark, samples)
             self._calibration = None
             if on_image is not None:
-                on_image(number + 1, len(todo))
+                on_image(number + 1, len(now))
+        if len(now) == len(todo):  # until then those teach on whose place others took
+            store.forget(marks.keys() & by_id.keys() - {one.image_id for one in chosen})
+            self._calibration = None
         return self.calibration()
+
+    def _to_do(
+        self, chosen: Sequence[LabelledImage], marks: Mapping[str, str], labels: int
+    ) -> list[tuple[LabelledImage, str]]:
+        """Images to be left out, with the marks of what their samples will be made from.
+
+        A mark ends with the number of labels there were, for that need not be the same.
+        """
+        settings = self._runtime.settings
+        new, outgrown = [], []
+        for one in chosen:
+            try:
+                made_from = f"{self._content(one)} {settings.k} {settings.cap_per_case}"
+            except OSError:
+                continue
+            before, _, then = marks.get(one.image_id, "").rpartition(" ")
+            if before != made_from:
+                new.append((one, f"{made_from} {labels}"))
+            elif labels >= 2 * int(then) or 2 * labels <= int(then):
+                outgrown.append((one, f"{made_from} {labels}"))
+        return new + outgrown
 
     def _content(self, one: LabelledImage) -> str:
         """Digest of image and label; files that look as before are not read again."""
@@ -178,12 +196,14 @@ def samples_of(found: Examination, annotation: Annotation) -> list[Sample]:
 
 
 def _draw(labelled: Sequence[LabelledImage], most: int) -> list[LabelledImage]:
-    """Always the same of the same images, and mostly the same of a few more."""
-    rng = np.random.default_rng(ORDER_SEED)
-    rows = sorted(labelled, key=lambda one: one.image_id)
-    if len(rows) <= most:
-        return rows
-    return [rows[n] for n in sorted(rng.choice(len(rows), most, replace=False))]
+    """Always the same of the same images; one label more takes the place of one at most."""
+    drawn = sorted(labelled, key=lambda one: (_lot(one.image_id), one.image_id))[:most]
+    return sorted(drawn, key=lambda one: one.image_id)
+
+
+def _lot(image_id: str) -> bytes:
+    """An image's place in the draw: its own, whatever other images there are."""
+    return hashlib.blake2b(f"{ORDER_SEED} {image_id}".encode(), digest_size=8).digest()
 
 
 def spread(numbers: Sequence[int], most: int) -> tuple[int, ...]:
