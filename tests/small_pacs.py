@@ -25,7 +25,8 @@ class SmallPacs:
         stored: UIDs in the order in which they were stored.
         asked: method, path with query, and headers of each request.
         fault: "" or what is wrong: `down` (closes the connection), `refuses` (to store: 409),
-            `fails` (says 200, but nothing was stored), `garbage` (no JSON).
+            `fails` (says 200, but nothing was stored), `garbage` (no JSON), `breaks off`
+            (closes the connection in the middle of its answer).
     """
 
     def __init__(self) -> None:
@@ -160,6 +161,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, kind: str, content: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
+        if self.held.fault == "breaks off":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n" % len(content) + content[: len(content) // 2])
+            self.close_connection = True
+            return
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

@@ -194,22 +194,24 @@ class StudiesDatastore(LabelStore):
         """Forget images and labels whose file is gone; how many. Looks at each file once."""
         self._init_from_datastore_file()
         objects = self._datastore.objects
-        gone = [(i, "") for i, image in objects.items() if not self._is_there("", i, image.image)]
-        for image_id, _ in gone:
-            del objects[image_id]
+        gone = [i for i, image in objects.items() if not self._is_there("", i, image.image)]
+        files = [self._file("", image_id, objects.pop(image_id).image) for image_id in gone]
         for image_id, image in objects.items():
             for tag in [
                 t for t, label in image.labels.items() if not self._is_there(t, image_id, label)
             ]:
-                del image.labels[tag]
-                gone.append((image_id, tag))
-        for image_id, tag in gone:
-            logger.info("%s of %s is gone", f"label {tag}" if tag else "the file", image_id)
-        return len(gone)
+                files.append(self._file(tag, image_id, image.labels.pop(tag)))
+        for file in files:  # a path, not an id: logs without names know those of the folder
+            logger.info("is gone: %s", file)
+        return len(files)
 
     def _is_there(self, tag: str, image_id: str, data: DataModel) -> bool:
+        return self._file(tag, image_id, data).exists()
+
+    def _file(self, tag: str, image_id: str, data: DataModel) -> Path:
+        """Of a label, or with the tag "" of the image itself."""
         folder = self._datastore.label_path(tag) if tag else self._datastore.image_path()
-        return Path(folder, self._filename(image_id, data.ext)).exists()
+        return Path(folder, self._filename(image_id, data.ext))
 
     def _new(self, image_id: str, extension: str) -> DataModel:
         name = self._filename(image_id, extension)

@@ -2,11 +2,13 @@
 
 import logging
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from dicomweb_client.session_utils import create_session_from_user_pass
@@ -206,23 +208,41 @@ class _Impatient(HTTPAdapter):
         return super().send(*args, **kwargs)
 
 
+def fault(error: requests.RequestException) -> str:
+    """What went wrong and at which host, for the log.
+
+    The error's own text holds the whole address, whose query may name patients.
+    """
+    told = [type(error).__name__]
+    if error.response is not None:
+        told.append(str(error.response.status_code))
+    reason = getattr(error.args[0], "reason", None) if error.args else None  # urllib3's
+    if isinstance(reason, Exception):
+        told.append(type(reason).__name__)
+    url = str(error.request.url or "") if error.request is not None else ""
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    return ", ".join(told) + (f" at {host}" if host else "")
+
+
 @contextmanager
 def _asking(what: str) -> Iterator[None]:
-    """All that can go wrong with a server becomes one sentence; it may name patients: log only."""
+    """All that can go wrong with a server becomes one sentence."""
     try:
         yield
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
-        logger.info("cannot %s: %s", what, error)
+        logger.info("cannot %s: %s", what, fault(error))
         msg = f"The PACS refused to {what} ({status}). Look at its log."
         raise PacsError(msg) from error
     except requests.RequestException as error:
-        logger.info("cannot %s: %s", what, error)
+        logger.info("cannot %s: %s", what, fault(error))
         msg = f"The PACS does not answer ({type(error).__name__}), so it cannot {what}."
         raise PacsError(msg) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.info("cannot %s: %s", what, error, exc_info=True)
-        msg = f"The PACS answered what is no DICOMweb ({type(error).__name__}): cannot {what}."
+        kind = type(error).__name__
+        places = "".join(traceback.format_tb(error.__traceback__))  # no values: they may be names
+        logger.info("cannot %s: %s\n%s", what, kind, places)
+        msg = f"The PACS answered what is no DICOMweb ({kind}): cannot {what}."
         raise PacsError(msg) from error
 
 

@@ -1,5 +1,6 @@
 """What OHIF asks the PACS through the server: with its query, without our token, and no more."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -84,8 +85,21 @@ def test_nothing_but_dicomweb_can_be_reached(
     assert not pacs.asked
 
 
-def test_a_pacs_that_is_away_is_a_502(client: TestClient, pacs: SmallPacs) -> None:
+def test_a_pacs_that_is_away_is_a_502_and_no_patient_is_named_in_the_log(
+    client: TestClient, pacs: SmallPacs, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     pacs.fault = "down"
-    answer = client.get("/proxy/dicom/qido/series")
+    answer = client.get("/proxy/dicom/qido/studies", params={"PatientName": "DOE^JANE*"})
     assert answer.status_code == 502
     assert "does not answer" in answer.json()["detail"]
+    ours = [line.getMessage() for line in caplog.records if "httpx" not in line.name]  # the client
+    assert any("ConnectionError" in line for line in ours)
+    assert not any("DOE" in line or "JANE" in line for line in ours)
+
+
+def test_a_pacs_that_dies_in_its_answer_is_a_502(client: TestClient, pacs: SmallPacs) -> None:
+    pacs.fault = "breaks off"
+    answer = client.get("/proxy/dicom/qido/series")
+    assert answer.status_code == 502
+    assert "broke off (ChunkedEncodingError)" in answer.json()["detail"]

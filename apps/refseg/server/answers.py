@@ -21,13 +21,14 @@ from monailabel.interfaces.exception import (
 )
 from pydantic import ValidationError
 from requests import ConnectionError as NoConnection
-from requests import Timeout
+from requests import RequestException, Timeout
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Send
 
 from apps.refseg.server.lanes import ClientGoneError, LaneClosedError, LaneFullError
 from lib.cancellation import StoppedError
 from lib.errors import ImageError, LabelError, RefSegError, RequestError
+from lib.studies.dicomweb import fault
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,9 @@ def translated(error: Exception) -> HTTPException:
         return HTTPException(422, f"A value is out of range ({type(error).__name__}).")
     if isinstance(error, zipfile.BadZipFile | shutil.ReadError | zlib.error):
         return HTTPException(422, "The archive cannot be unpacked: it is damaged.")
-    if isinstance(error, NoConnection | Timeout):
-        logger.warning("request %s: %s", request_id.get(), error)
-        return HTTPException(502, "The DICOMweb server behind this one does not answer.")
+    if isinstance(error, RequestException):
+        logger.warning("request %s: %s", request_id.get(), fault(error))
+        return _of_pacs(error)
     if isinstance(error, FileNotFoundError):  # deleted by another client, or a tool not installed
         logger.warning("request %s: not there: %s", request_id.get(), error)
         return HTTPException(404, "What the request needs is not there, or not any more.")
@@ -116,6 +117,16 @@ def translated(error: Exception) -> HTTPException:
     logger.error("request %s failed", request_id.get(), exc_info=error)
     kind, mark = type(error).__name__, request_id.get()
     return HTTPException(500, f"RefSeg failed ({kind}); the server's log tells more at {mark}.")
+
+
+def _of_pacs(error: RequestException) -> HTTPException:
+    if isinstance(error, NoConnection | Timeout):
+        return HTTPException(502, "The DICOMweb server behind this one does not answer.")
+    text = (
+        "The request could not be handed on to the DICOMweb server behind this one, or its answer "
+        f"broke off ({type(error).__name__}). Try again, then look at that server's log."
+    )
+    return HTTPException(502, text)
 
 
 def _of_platform(error: MONAILabelException) -> HTTPException:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from apps.refseg.server.answers import request_id
 
 SHORTEST = 3  # characters of a name to be looked for: shorter ones would be found in any word
 QUIET = ("monailabel", "watchdog")  # their INFO lines quote whole requests
-FILE = re.compile(
-    r"[^'\"/\\:=(\n]+\.(?:nii\.gz|nii|nrrd|mha|mhd|dcm|png|jpe?g|tiff?|bmp|svs|xml)\b", re.I
-)
+ORDINARY = frozenset({"labels"})  # a folder beside the images, and a word of many lines
+KEPT_NAMES = 100_000  # of images that are gone: lines about them come after they went
+ENDING = r"\.(?:nii\.gz|nii|nrrd|mha|mhd|dcm|png|jpe?g|tiff?|bmp|svs|xml)"
+FILE = re.compile(rf"[^'\"/\\:=(\n]+{ENDING}\b", re.I)
+FILE_END = re.compile(rf"{ENDING}$", re.I)
 LARGEST_FILE = 10 << 20
 KEPT_FILES = 10
 _KEY = secrets.token_bytes(16)  # without it, a mark could be found by trying names
@@ -24,7 +27,10 @@ Names = Callable[[], Iterable[str]]
 
 
 class Pseudonyms:
-    """Replaces names of images by marks, the same until the server ends, that tell nothing."""
+    """Replaces names of images by marks, the same until the server ends, that tell nothing.
+
+    A name that was known once stays known: what is told of an image that was deleted names it, too.
+    """
 
     def __init__(self, names: Names, folders: Iterable[str]) -> None:
         """Nothing is asked for yet.
@@ -37,6 +43,8 @@ class Pseudonyms:
         self._folders = [folder for folder in folders if len(folder) > 1]
         self._starts: dict[str, list[str]] = {}
         self._seen: list[str] = []
+        self._known: dict[str, None] = {}  # the names, those that went first in front
+        self._learning = threading.Lock()  # console and file have a lock each, not one together
 
     def hide(self, text: str) -> str:
         """The text without names of images, of files, or of what lies in the studies folder."""
@@ -68,17 +76,23 @@ class Pseudonyms:
         return ""
 
     def _learn(self) -> None:
-        try:
-            names = list(self._names())
-        except RuntimeError:  # changed while it was read: the names of before will do
-            return
-        if names == self._seen:
-            return
-        self._seen = names
-        starts: dict[str, list[str]] = {}
-        for name in sorted((n for n in names if len(n) >= SHORTEST), key=len, reverse=True):
-            starts.setdefault(name[:SHORTEST], []).append(name)
-        self._starts = starts
+        with self._learning:
+            try:
+                names = list(self._names())
+            except RuntimeError:  # changed while it was read: the names of before will do
+                return
+            if names == self._seen:
+                return
+            self._seen = names
+            # while the server starts, they are names of files; lines tell ids
+            ids = [FILE_END.sub("", name) for name in names]
+            told = (name for name in [*names, *ids] if len(name) >= SHORTEST)
+            now = {name: None for name in told if name not in ORDINARY}
+            gone = [name for name in self._known if name not in now][-KEPT_NAMES:]
+            known = dict.fromkeys(gone) | now
+            if known.keys() != self._known.keys():
+                self._starts = _by_start(known)
+            self._known = known
 
 
 class JsonLines(logging.Formatter):
@@ -149,6 +163,14 @@ def log_config(kind: str, pseudonyms: Pseudonyms, folder: Path) -> dict[str, Any
             "httpx": {"level": "WARNING"},
         },
     }
+
+
+def _by_start(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their first characters, the longest first: it may hold a shorter one."""
+    starts: dict[str, list[str]] = {}
+    for name in sorted(names, key=len, reverse=True):
+        starts.setdefault(name[:SHORTEST], []).append(name)
+    return starts
 
 
 def _mark(name: str) -> str:
