@@ -144,6 +144,10 @@ class LabelHistory:
         """The table has the label: what was announced is its info from now on."""
         mark.replace(self._of(tag, image_id) / CURRENT)
 
+    def withdraw(self, mark: Path) -> None:
+        """What was announced did not happen."""
+        mark.unlink(missing_ok=True)
+
     def forget_current(self, tag: str, image_id: str) -> None:
         """The label is deleted."""
         (self._of(tag, image_id) / CURRENT).unlink(missing_ok=True)

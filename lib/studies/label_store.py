@@ -6,7 +6,9 @@ The platform copies a label over the old one, which is gone, and half gone after
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +67,13 @@ class LabelStore(TableStore):
         _refuse_paths(image=image_id, tag=label_tag)
         extension = self._served_extension(label_filename)
         with self._table():
-            image = self._datastore.objects.get(image_id)
-            if image is None:
-                msg = f"Image {image_id} not found"
-                raise ImageNotFoundException(msg)
-            folder = Path(self._datastore.label_path(label_tag))
-            make_folder(folder)
-            target = folder / self._filename(image_id, extension)
+            self._image(image_id)
+        folder = Path(self._datastore.label_path(label_tag))
+        make_folder(folder)
+        target = folder / self._filename(image_id, extension)
+        # a large file is copied before the table is held: all other requests need it
+        with _staged(target, Path(label_filename)) as staged, self._table():
+            image = self._image(image_id)
             before = image.labels.get(label_tag)
             older = self._files_of(image_id, label_tag)
             replaced = before.info if before else {} if older else None
@@ -81,21 +83,21 @@ class LabelStore(TableStore):
                 "name": target.name,
                 "version": self._history.next_version(label_tag, image_id, replaced),
             }
-            staged = stage_copy(target, Path(label_filename))
+            mark = self._history.announce(label_tag, image_id, info=info, sha256=staged.sha256)
+            publishing = False
             try:
-                mark = self._history.announce(
-                    label_tag, image_id, info=info, sha256=digest_of(staged)
-                )
                 for file in older:
                     self._keep(image_id, label_tag, file, before, "overwritten")
                 image.labels[label_tag] = DataModel(info=info, ext=extension)
                 with self._staged_table(undo=lambda: _put_back(image, label_tag, before)):
-                    publish(staged, target)
+                    publishing = True
+                    publish(staged.file, target)
                     for file in older:
                         if file != target:
                             file.unlink(missing_ok=True)
-            except BaseException:
-                staged.unlink(missing_ok=True)
+            except Exception:
+                if not publishing:  # or the label that is there got these names, if it is the same
+                    self._history.withdraw(mark)
                 raise
             self._history.settled(mark, label_tag, image_id)
             self._history.prune(label_tag, image_id)
@@ -155,20 +157,15 @@ class LabelStore(TableStore):
         extension = self._served_extension(image_filename)
         image_id = image_id or self._to_id(Path(image_filename).name)[0]
         _refuse_paths(image=image_id)
-        with self._table():
-            target = Path(self._datastore.image_path(), self._filename(image_id, extension))
+        target = Path(self._datastore.image_path(), self._filename(image_id, extension))
+        with _staged(target, Path(image_filename)) as staged, self._table():
             info = {**(image_info or {}), "ts": int(time.time()), "name": target.name}
-            staged = stage_copy(target, Path(image_filename))
             objects, before = self._datastore.objects, self._datastore.objects.get(image_id)
-            try:
-                model = ImageLabelModel(image=DataModel(info=info, ext=extension))
-                model.labels.update(before.labels if before else {})
-                objects[image_id] = model
-                with self._staged_table(undo=lambda: _put_back_image(objects, image_id, before)):
-                    publish(staged, target)
-            except BaseException:
-                staged.unlink(missing_ok=True)
-                raise
+            model = ImageLabelModel(image=DataModel(info=info, ext=extension))
+            model.labels.update(before.labels if before else {})
+            objects[image_id] = model
+            with self._staged_table(undo=lambda: _put_back_image(objects, image_id, before)):
+                publish(staged.file, target)
         logger.info("added image %s", image_id)
         return image_id
 
@@ -248,6 +245,13 @@ class LabelStore(TableStore):
             known = None
         return known or {"ts": int(time.time()), "name": name}
 
+    def _image(self, image_id: str) -> ImageLabelModel:
+        image: ImageLabelModel | None = self._datastore.objects.get(image_id)
+        if image is None:
+            msg = f"Image {image_id} not found"
+            raise ImageNotFoundException(msg)
+        return image
+
     def _files_of(self, image_id: str, tag: str) -> list[Path]:
         """All files that are, or would be taken for, this label."""
         folder = Path(self._datastore.label_path(tag))
@@ -288,6 +292,23 @@ class LabelStore(TableStore):
                 logger.warning("no provenance beside a label: %s", error)
         else:
             path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A copy beside its place, to be renamed."""
+
+    file: Path
+    sha256: str
+
+
+@contextmanager
+def _staged(target: Path, source: Path) -> Iterator[_Staged]:
+    file = stage_copy(target, source)
+    try:
+        yield _Staged(file, digest_of(file))
+    finally:
+        file.unlink(missing_ok=True)  # it is gone where it was renamed
 
 
 def _refuse_paths(**named: str) -> None:

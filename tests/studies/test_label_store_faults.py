@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from filelock import FileLock
 from PIL import Image
 
 from lib.errors import RefSegError
-from lib.studies import table
+from lib.studies import label_store, table
 from lib.studies.datastore import StudiesDatastore, labelled_images
 
 
@@ -140,3 +141,48 @@ def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
     assert not list((studies / "labels/final").iterdir())
     store.save_label("a", str(label), "final", {})
     assert (studies / "labels/final/a.png").read_bytes() == label.read_bytes()
+
+
+def test_a_large_label_is_copied_before_other_requests_have_to_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    picture(studies / "a.png", 0)
+    store = open_store(studies, tmp_path)
+    answered = []
+    copy = label_store.stage_copy
+
+    def slow_copy(target: Path, source: Path) -> Path:
+        asking = threading.Thread(target=lambda: answered.append(store.status()))
+        asking.start()
+        asking.join(timeout=10)
+        return copy(target, source)
+
+    monkeypatch.setattr(label_store, "stage_copy", slow_copy)
+    store.save_label("a", str(picture(tmp_path / "l.png", 1)), "final", {})
+    assert len(answered) == 1
+    store.add_image("b", str(picture(tmp_path / "b.png", 2)), {})
+    assert len(answered) == 2
+
+
+def test_names_of_a_label_that_was_refused_are_not_given_to_the_one_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    picture(studies / "a.png", 0)
+    store = open_store(studies, tmp_path)
+    label = picture(tmp_path / "l.png", 1)
+    store.save_label("a", str(label), "final", {"label_info": [{"name": "liver", "idx": 1}]})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_keep", full)
+        with pytest.raises(OSError, match="No space"):
+            store.save_label("a", str(label), "final", {"label_info": [{"name": "x", "idx": 1}]})
+    again = open_store(studies, tmp_path)
+    again.refresh()
+    assert again.get_label_info("a", "final")["label_info"][0]["name"] == "liver"
