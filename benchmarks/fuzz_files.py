@@ -13,6 +13,7 @@ from PIL import Image
 
 Generator = np.random.Generator
 SHAPE = (24, 20, 4)
+MANY_LABELS = (175, 100, 4)  # one for each voxel: 70,000
 
 
 def picture(seed: int, mode: str = "L", form: str = "PNG") -> bytes:
@@ -96,13 +97,15 @@ def _start(data: bytearray, rng: Generator) -> None:
 def _labels(rng: Generator) -> tuple[str, bytes]:
     kind = int(rng.integers(7))
     shape = SHAPE if kind else tuple(int(n) for n in rng.integers(1, 40, 3))
+    if kind == 3:
+        shape = MANY_LABELS
     values: npt.NDArray[np.generic] = rng.integers(0, 3, shape).astype(np.uint8)
     if kind == 1:
         values = values.astype(np.float32) + 0.5
     elif kind == 2:
         values = -values.astype(np.int16)
     elif kind == 3:
-        values = (np.arange(np.prod(shape)).reshape(shape) % 70_000 * 37).astype(np.int32)
+        values = np.arange(np.prod(shape)).reshape(shape).astype(np.int32)
     elif kind == 4:
         values = np.full(shape, np.nan, np.float32)
     elif kind == 5:

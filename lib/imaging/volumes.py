@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lib.errors import ImageError
 from lib.imaging.dicom_series import dicom_volume
 from lib.imaging.geometry import Affine, Geometry
+from lib.imaging.room import free_bytes
 
 if TYPE_CHECKING:
     import SimpleITK
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MAX_VOXELS = 2**31
 # Deflate cannot pack tighter than about 1 : 1032, so a header that claims more lies.
 _MAX_DEFLATE = 1040
+_WORKING = 12  # bytes a voxel beside the file's own: as float, oriented, and the mask
 
 _ITK_READERS = {
     ".nrrd": "NrrdImageIO",
@@ -277,6 +279,13 @@ def _check_size(path: Path, shape: Sequence[int], itemsize: int, *, packed: bool
         raise ImageError(msg)
     if itemsize and path.stat().st_size * (_MAX_DEFLATE if packed else 1) < voxels * itemsize:
         msg = f"{path.name} is cut off: its header claims more voxels than it holds. Copy it anew."
+        raise ImageError(msg)
+    needed, free = voxels * (itemsize + _WORKING), free_bytes()
+    if needed > free:
+        msg = (
+            f"{path.name} takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are "
+            "free. Crop or downsample it, or end other programs."
+        )
         raise ImageError(msg)
 
 

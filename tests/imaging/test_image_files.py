@@ -8,11 +8,13 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import psutil
 import pytest
 import SimpleITK
 from PIL import Image
 
 from lib.errors import ImageError
+from lib.imaging import room
 from lib.imaging.io import read_image, write_label_map
 from lib.imaging.slices import cut
 
@@ -332,3 +334,33 @@ def test_a_dicom_file_that_is_cut_off_is_refused(as_folder, tmp_path):
     cut_off(sorted(series.iterdir())[0])
     with pytest.raises(ImageError, match="cut off"):
         read_image(series if as_folder else next(series.iterdir()))
+
+
+def test_a_bomb_that_keeps_its_word_is_refused_before_memory_is_taken_for_it(
+    tmp_path: Path,
+) -> None:
+    bomb, zeros = tmp_path / "a.nii.gz", gzip.compress(bytes(2**27), 9)
+    with bomb.open("wb") as file:
+        file.write(gzip.compress(nifti_header((2048, 1024, 1023), code=64, bits=64)))
+        for _ in range(128):  # members of a gzip file follow each other
+            file.write(zeros)
+    assert bomb.stat().st_size < 20 * 2**20
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ImageError, match=r"takes 40.0 GiB of memory, and \d+.\d are free"):
+        read_image(bomb)
+    assert psutil.Process().memory_info().rss - before < 2**27
+
+
+def test_a_container_may_take_less_than_the_machine_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    machine = room.free_bytes()
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room.free_bytes() > machine / 2
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert room.free_bytes() == 2000
+    image = nifti(tmp_path / "a.nii", noise(20, 20, 4))
+    with pytest.raises(ImageError, match="takes 0.0 GiB"):
+        read_image(image)
