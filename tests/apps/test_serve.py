@@ -1,6 +1,7 @@
 """`serve`: the platform's answers off the event loop, and what keeps others out."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import requests
 from monailabel.client import MONAILabelClient
 from requests_toolbelt.multipart.decoder import MultipartDecoder
 
+from apps.refseg.server.limits import MOST_CONNECTIONS, MOST_REQUESTS
 from tests.apps.phantoms import SHAPE, affine, ball, box, write_labels, write_picture, write_volume
 from tests.apps.serve_process import ServeProcess
 from tests.apps.server_process import APP, Server
@@ -458,6 +460,58 @@ def test_a_client_that_does_not_finish_its_headers_is_let_go(ours: ServeProcess)
     assert time.monotonic() - start < 30
 
 
+def drip(raw: socket.socket, most_s: float = 30) -> bytes:
+    """Send a byte every now and then until the server has had enough -> what it answers."""
+    raw.settimeout(0.2)
+    end = time.monotonic() + most_s
+    while time.monotonic() < end:
+        try:
+            raw.sendall(b"x")
+            return raw.recv(4096)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return b""
+    raise AssertionError(f"still open after {most_s} s")
+
+
+def test_a_client_that_drips_its_second_headers_is_let_go(ours: ServeProcess) -> None:
+    host = f"Host: 127.0.0.1:{ours.port}"
+    with ours.connection(["GET /healthz HTTP/1.1", host]) as raw:
+        assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        assert drip(raw) == b""
+
+
+def test_a_client_that_drips_its_body_is_let_go(ours: ServeProcess) -> None:
+    head = ["PUT /datastore/image?image=x HTTP/1.1", f"Host: 127.0.0.1:{ours.port}"]
+    head += ["Content-Type: multipart/form-data; boundary=b", "Content-Length: 5000"]
+    with ours.connection(head, b"--b\r\n") as raw:
+        answer = drip(raw)
+    assert answer.startswith(b"HTTP/1.1 408"), answer
+    assert b"at least 1024 a second" in answer
+
+
+def test_a_client_that_drips_a_body_that_was_refused_is_let_go(ours: ServeProcess) -> None:
+    head = ["PUT /datastore/image?image=x HTTP/1.1", f"Host: 127.0.0.1:{ours.port}"]
+    with ours.connection([*head, f"Content-Length: {1 << 32}"]) as raw:
+        assert raw.recv(4096).startswith(b"HTTP/1.1 413")
+        assert drip(raw) == b""
+
+
+def test_a_client_that_opens_many_connections_does_not_take_all_files(ours: ServeProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_CONNECTIONS + 50):
+            raw = socket.create_connection(("127.0.0.1", ours.port), timeout=20)
+            stack.enter_context(raw)
+        assert raw.recv(1) == b"", "the last one is one too many"
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_REQUESTS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", ours.port)))
+        assert ours.request("GET", "/healthz").status_code == 503
+    wait_for(lambda: ours.request("GET", "/healthz").status_code, 200)
+
+
 def test_a_line_end_in_a_value_is_no_header(ours: ServeProcess) -> None:
     response = ours.request(
         "GET",
@@ -482,6 +536,36 @@ def test_pages_of_other_origins_and_names_of_other_hosts_are_refused(ours: Serve
     preflight = {**other, "Access-Control-Request-Method": "PUT"}
     answer = ours.request("OPTIONS", "/datastore/label", headers=preflight)
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    ("path", "largest"),
+    [("/auth/token", 64 << 10), ("/refseg/login", 64 << 10), ("/activelearning/refseg", 2 << 20)],
+)
+def test_only_images_may_be_large(
+    path: str, largest: int, told: bool, locked: ServeProcess
+) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    if "auth" not in path and "login" not in path:
+        headers["Authorization"] = f"Bearer {TOKEN}"
+    data = b"password=" + b"x" * largest
+    body: Any = data if told else iter([data])
+    response = locked.request("POST", path, data=body, headers=headers, verify=False)
+    assert response.status_code == 413, response.text
+    assert str(largest) in response.json()["detail"]
+
+
+def test_images_may_be_as_large_as_the_owner_says(locked: ServeProcess) -> None:
+    for method, path, field in (
+        ("PUT", "/datastore/image?image=x", "file"),
+        ("PUT", "/datastore/label?image=x", "label"),
+        ("PUT", "/session/?uncompress=true", "files"),
+        ("POST", "/infer/nobody", "file"),
+    ):
+        large = {field: ("x.exe", bytes(3 << 20))}
+        response = locked.request(method, path, files=large, auth=("any", TOKEN), verify=False)
+        assert response.status_code in (404, 422), (path, response.text)
 
 
 # -- the log-in -----------------------------------------------------------------------------------

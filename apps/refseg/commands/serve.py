@@ -36,7 +36,7 @@ def serve(
     ] = None,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MB.")] = 4096,
     body_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that a client may pause while it sends.")
+        float, typer.Option(min=0.1, help="Seconds that a client may pause, or send below 1 kB/s.")
     ] = 60.0,
     infer_at_once: Annotated[
         int, typer.Option(min=1, max=64, help="Segmentations that run together.")

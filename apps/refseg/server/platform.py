@@ -24,6 +24,7 @@ from monailabel.config import settings as platform_settings
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.utils import background_processes, stop_background_task
 from starlette.background import BackgroundTasks
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 from starlette.routing import Mount
@@ -180,20 +181,18 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
     async def call(**given: Any) -> Any:
         request: Request = given.pop(OURS)
         given |= dict.fromkeys(its_own, request)  # FastAPI fills in one such argument, not two
-        client = request.client.host if request.client else ""
         background = given.get("background_tasks")
         if isinstance(background, BackgroundTasks):  # routes that take uploads have one
             background.add_task(remove, note_temporary_files())
         try:
-            nothing = not_served(route.path, given, platform_settings.MONAI_LABEL_STUDIES)
-            if nothing:
-                raise HTTPException(404, nothing)
-            check_arguments(route.path, given, served_endings)
+            address = request.client.host if request.client else ""
+            # not in the lane: what is wrong is told at once, however many wait there
+            client = await run_in_threadpool(_checked, route.path, given, address)
             if isinstance(given.get("request"), Request):
                 await request.body()  # kept by the request, so that the function need not wait
             return await lane.run(
                 functools.partial(_answer, endpoint, given, infer=route.path.startswith("/infer")),
-                client=client_of(given, client),
+                client=client,
                 gone=until_gone(request),
             )
         except Exception as error:
@@ -203,6 +202,15 @@ def _in_lane(route: APIRoute, lane: Lane) -> Callable[..., Coroutine[Any, Any, A
 
     call.__signature__ = with_argument(endpoint, OURS, Request)  # type: ignore[attr-defined]
     return call
+
+
+def _checked(path: str, given: Mapping[str, Any], address: str) -> str:
+    """Who asks, if the request may be answered; in a thread, since archives may be long."""
+    nothing = not_served(path, given, platform_settings.MONAI_LABEL_STUDIES)
+    if nothing:
+        raise HTTPException(404, nothing)
+    check_arguments(path, given, served_endings)
+    return client_of(given, address)
 
 
 def _answer(

@@ -45,7 +45,7 @@ def serve(options: ServeOptions, app_folder: Path) -> None:
     if hasattr(faulthandler, "register"):  # not on Windows
         faulthandler.register(signal.SIGUSR1)  # `kill -USR1`: where each thread is, to stderr
     _set_up_platform(options, app_folder)
-    from apps.refseg.server.limits import prompt_protocol
+    from apps.refseg.server.limits import MOST_REQUESTS, prompt_protocol
     from apps.refseg.server.logs import Pseudonyms, log_config
     from apps.refseg.server.platform import Lanes
 
@@ -59,6 +59,7 @@ def serve(options: ServeOptions, app_folder: Path) -> None:
         host=options.host,
         port=options.port,
         http=prompt_protocol(options.body_timeout),
+        limit_concurrency=MOST_REQUESTS,
         ws="none",
         log_config=log_config(options.log_format, pseudonyms, app_folder / "logs"),
         access_log=False,
