@@ -3,7 +3,8 @@
     python benchmarks/next_image.py --sizes 10000 100000
 
 Vectors imitate images of a few kinds (a mixture in a space of few dimensions, plus noise). After
-each submit the ranking is told of the label and asked for the next image. Brute force computes
+each submit the ranking is told of the label, and of the risk of four images more as by the server,
+and asked for the next image. Brute force computes
 every gain again, over all targets and all candidates, without bounds. Wall and CPU seconds are
 both told: where other work shares the cores, the CPU's are what the ranking costs.
 """
@@ -25,6 +26,7 @@ from lib.types import FloatArray
 KINDS = 300
 LATENT = 24
 BLOCK = 512
+KNOWN, MORE = 600, 4  # images of known risk at the start, and after each submit
 
 
 def pool_of(images: int, slices: int, size: int, seed: int) -> PoolView:
@@ -75,14 +77,22 @@ def extra_mb(name: str, pool: PoolView) -> float:
 
 def measure(name: str, pool: PoolView, submits: int) -> dict[str, object]:
     """One ranking through so many submits."""
+    generator = np.random.default_rng(1)
+    order = [pool.ids[number] for number in generator.permutation(len(pool))]
+    values = generator.uniform(0, 1, len(pool)).tolist()
+    risk = dict(zip(order[:KNOWN], values[:KNOWN], strict=True))
     wall, cpu = time.perf_counter(), time.process_time()
     ranking = make_ranking(name, pool, 0)
+    ranking.set_risk(risk)
     picked = ranking.next()[0].image_id
     first = (time.perf_counter() - wall, time.process_time() - cpu)
     walls, cpus = [], []
     for number in range(submits):
         wall, cpu = time.perf_counter(), time.process_time()
         ranking.add_labelled([picked])
+        known = len(risk)
+        risk |= dict(zip(order[known:][:MORE], values[known:][:MORE], strict=True))
+        ranking.set_risk(risk)
         if number == submits // 2:
             ranking.remove_labelled([picked])  # a label is deleted on the way
             ranking.add_labelled([picked])
@@ -110,7 +120,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--submits", type=int, default=50)
     parser.add_argument("--rankings", nargs="+", choices=NAMES, default=["refseg", "coverage"])
-    parser.add_argument("--brute-force-up-to", type=int, default=10_000, help="images; slow")
+    parser.add_argument("--brute-force-up-to", type=int, default=100_000, help="images; slow")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
     results = []

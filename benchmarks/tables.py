@@ -1,20 +1,34 @@
 """Fill the tables of docs/results.md from the files of benchmarks/results.
 
-A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`, FILE being `reference` (the bundled
-weights), `untrained`, or `study` (`reference` against `as_trained`, whatever SETS), and SETS names
-with commas, `unseen` or `held-out` (all that no other table names, and that were not, or were,
-trained on in their other half). The text around it is written by hand and left alone, so that
-figures are never copied by hand.
+A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`. FILE is `reference` (the bundled
+weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
+names, and that were not, or were, trained on in their other half). Or FILE is, whatever SETS,
+`study` (`reference` against `as_trained`), `campaign`, `confidence` or `load`. The text around it
+is written by hand and left alone, so that figures are never copied by hand.
 """
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BLOCK = re.compile(r"(<!-- (reference|untrained|study): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import campaign, confidence, load
+
+RESULTS = HERE / "results"
+OTHERS = {
+    "campaign": lambda: "\n".join(campaign.lines(sorted(RESULTS.glob("campaign/*/campaign.json")))),
+    "confidence": lambda: "\n".join(confidence.lines(read(RESULTS / "confidence.json")["sets"])),
+    "load": lambda: load.table({kind: read(RESULTS / f"load/{kind}.json") for kind in load.KINDS}),
+}
+BLOCK = re.compile(
+    rf"(<!-- (reference|untrained|study|{'|'.join(OTHERS)}): (.*?) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
 STAGES = ("encode", "retrieve", "load", "segment", "merge")
 
 Rows = dict[str, dict[int, dict[str, Any]]]  # set -> k -> row of reference_segmentation.py
@@ -82,11 +96,17 @@ def against(before: Rows, after: Rows) -> str:
     return "\n".join(lines) + "\n" + text
 
 
+def read(path: Path) -> dict[str, Any]:
+    """One file of results."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def read_rows(path: Path) -> Rows:
     """The rows of one file by set and k; none where it is not there."""
     rows: Rows = {}
     if path.exists():
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        for row in read(path)["rows"]:
             rows.setdefault(row["set"], {})[row["k"]] = row
     return rows
 
@@ -96,12 +116,14 @@ def main() -> None:
     path = HERE.parent / "docs" / "results.md"
     text = path.read_text(encoding="utf-8")
     files = {
-        kind: read_rows(HERE / "results" / f"{kind}.json")
+        kind: read_rows(RESULTS / f"{kind}.json")
         for kind in ("reference", "untrained", "as_trained")
     }
     named = {n for _, _, what, _ in BLOCK.findall(text) for n in what.split(",")}
 
     def fill(match: re.Match[str]) -> str:
+        if match[2] in OTHERS:
+            return match[1] + OTHERS[match[2]]() + "\n" + match[4]
         if match[2] == "study":
             return match[1] + against(files["as_trained"], files["reference"]) + match[4]
         rows, what = files[match[2]], match[3]
