@@ -84,14 +84,39 @@ class Decision:
         """Draw one slice -> (H, W) int32, 0 or label + 1; call it when all scores are in."""
         if self._scores is None or index not in self._place:
             return np.zeros(shape, np.int32)
-        stored = torch.from_numpy(np.array(self._scores[self._place[index]]))
-        scores = torch.where(stored == LOWEST, -1e4, stored.float() * STEP)
+        scores = self._stored(index)
         if self._shift is None:
             cut = torch.from_numpy(self.thresholds())
             self._shift = ((1 - cut) / cut).log().float()  # above 0 where above the threshold
         drawn = merge(scores + self._shift[:, None, None], shape)
         tidy(drawn, self._shapes)
         return drawn
+
+    def sharpness(self) -> list[float]:
+        """Expected Dice of each label's mask by the probabilities of its pixels; NaN: none painted.
+
+        2 sum(p m) / sum(p + m) over all slices, at the network's working size; call it when all
+        scores are in.
+        """
+        hit, painted = np.zeros(self._labels + 1), np.zeros(self._labels + 1)
+        for index in self._place:
+            scores = self._stored(index)
+            mask = self.draw(index, (scores.shape[-2], scores.shape[-1])).ravel()
+            odds = torch.cat([torch.zeros_like(scores[:1]), scores])
+            own = torch.softmax(odds.flatten(1), 0).gather(0, torch.from_numpy(mask[None]).long())
+            hit += np.bincount(mask, own[0].numpy(), minlength=len(hit))
+            painted += np.bincount(mask, minlength=len(hit))
+        shares = [
+            2 * inside / (area + likely) if area else float("nan")
+            for inside, area, likely in zip(hit[1:], painted[1:], self._sums.sum(1), strict=True)
+        ]
+        return [float(share) for share in shares]
+
+    def _stored(self, index: int) -> torch.Tensor:
+        """The scores (L, S, S) of a slice, as far as they are kept."""
+        assert self._scores is not None
+        stored = torch.from_numpy(np.array(self._scores[self._place[index]]))
+        return torch.where(stored == LOWEST, -1e4, stored.float() * STEP)
 
 
 def best_threshold(counts: npt.NDArray[np.float64], sums: npt.NDArray[np.float64]) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lib.annotation import Annotation
+from lib.confidence.calibration import Calibration
 from lib.confidence.evidence import Evidence, EvidenceTally
 from lib.types import IntArray, Match, Prediction, SliceKey, Study
 
@@ -45,9 +46,6 @@ class Segmentation:
     Attributes:
         label_map: (I, J, K) int32 on the canonical grid; value v is `labels[v - 1]`.
         labels: the labels that references knew, in the order asked for.
-        confidence: expected Dice of each label in 0..1: mask quality times presence times
-            similarity of the references, averaged over the area found; own slices count as
-            certain; 0 where nothing was found.
         references: for each label the references used, nearest first.
         seconds: time by stage.
         slices: number of slices.
@@ -60,7 +58,6 @@ class Segmentation:
 
     label_map: IntArray
     labels: tuple[str, ...]
-    confidence: Mapping[str, float]
     references: Mapping[str, tuple[UsedReference, ...]]
     seconds: Mapping[str, float]
     slices: int
@@ -70,14 +67,20 @@ class Segmentation:
     own_share: Mapping[str, float] = field(default_factory=dict)
     study: Study = field(default_factory=Study)
 
+    @property
+    def confidence(self) -> dict[str, float]:
+        """Expected Dice of each label, as is believed before any label taught what signs are worth.
+
+        Of an empty mask the probability that empty is right; own slices count as certain.
+        """
+        return Calibration().expect(self.evidence, self.own_share)
+
 
 class Tally:
-    """Sums over slices from which confidence and used references are told."""
+    """Sums over slices from which evidence and used references are told."""
 
     def __init__(self) -> None:
         self._area: dict[str, int] = defaultdict(int)
-        self._belief: dict[str, float] = defaultdict(float)
-        self._slices: dict[int, dict[str, float]] = {}
         self._signs: dict[int, dict[str, tuple[float, float, float]]] = {}
         self._own: dict[str, int] = defaultdict(int)
         self._evidence = EvidenceTally()
@@ -100,7 +103,6 @@ class Tally:
             matches: the references.
             known: (R, L) bool, which reference knew which label.
         """
-        beliefs = self._slices[index] = {}
         signs = self._signs[index] = {}
         for row, name in enumerate(names):
             voters = [match for match, knows in zip(matches, known[:, row], strict=True) if knows]
@@ -108,35 +110,30 @@ class Tally:
                 best, count = self._used[name].get(match.key, (-1.0, 0))
                 self._used[name][match.key] = (max(best, match.similarity), count + 1)
             similarity = max(0.0, max(match.similarity for match in voters))
-            belief = float(prediction.quality[row] * prediction.presence[row]) * similarity
-            beliefs[name] = min(1.0, belief)
             presence, quality = float(prediction.presence[row]), float(prediction.quality[row])
             signs[name] = (similarity, presence, quality)
 
     def count(self, index: int, values: IntArray, names: Sequence[str]) -> None:
         """Count what was painted on slice `index`: (H, W), 0 or the label's place in names + 1."""
         areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
-        for name, belief in self._slices.get(index, {}).items():
+        for name, (similarity, presence, quality) in self._signs.get(index, {}).items():
             area = int(areas[names.index(name)])
             self._area[name] += area
-            self._belief[name] += area * belief
-            similarity, presence, quality = self._signs[index][name]
             self._evidence.add(
                 name, area=area, similarity=similarity, presence=presence, quality=quality
             )
+
+    def sharpen(self, names: Sequence[str], sharpness: Sequence[float]) -> None:
+        """Note how sharp each label's mask is: `Decision.sharpness`."""
+        for name, value in zip(names, sharpness, strict=True):
+            self._evidence.set(name, "sharpness", value)
 
     def add_own(self, annotation: Annotation, names: Sequence[str]) -> None:
         """Count the annotator's own slices, of which nothing is in doubt."""
         for name in annotation.values.keys() & set(names):
             area = int((annotation.label_map == annotation.values[name]).sum())
             self._area[name] += area
-            self._belief[name] += area
             self._own[name] += area
-
-    def confidence(self, label: str) -> float:
-        """Mean belief over the area found, 0..1; 0 where nothing was found."""
-        area = self._area[label]
-        return round(self._belief[label] / area, 4) if area else 0.0
 
     def evidence(self, label: str) -> Evidence:
         """What speaks for the label's mask, on the slices that were segmented."""

@@ -220,6 +220,7 @@ class ReferenceEngine:
             for index in todo:
                 result[index] = decision.draw(index, (height, width))
                 tally.count(index, result[index], names)
+            tally.sharpen(names, decision.sharpness())
             label_map = assemble(result, axis)
             if annotation is not None:
                 label_map = put_back(label_map, annotation, names)
@@ -227,7 +228,6 @@ class ReferenceEngine:
         return Segmentation(
             label_map=label_map,
             labels=names,
-            confidence={name: tally.confidence(name) for name in names},
             references={name: tally.references(name) for name in names},
             seconds=watch.seconds,
             slices=len(pictures),

@@ -82,6 +82,33 @@ def test_a_label_without_scores_on_a_slice_is_not_painted_there() -> None:
     assert (decision.draw(0, (4, 4)) == 2).all()
 
 
+def test_sharpness_is_the_dice_that_the_probabilities_of_the_pixels_promise() -> None:
+    # one label, two slices, hand-made: painted are 0.9, 0.8 and 0.7; 0.2 is not
+    decision = Decision(2, 2)
+    decision.add(0, logits([[0.9, 0.0003], [0.8, 0.0003]]), [1])
+    decision.add(1, logits([[0.7, 0.2], [0.0003, 0.0003]]), [1])
+    nothing, found = decision.sharpness()
+    assert np.isnan(nothing)
+    assert found == pytest.approx(2 * (0.9 + 0.8 + 0.7) / (3 + 2.6), abs=5e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_sharpness_is_that_of_brute_force_where_labels_compete(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    slices = rng.normal(-1, 3, (2, 3, 8, 8))
+    decision = Decision(3, 2)
+    for index, scores in enumerate(slices):
+        decision.add(index, torch.tensor(scores, dtype=torch.float32), [0, 1, 2])
+    masks = np.stack([decision.draw(index, (8, 8)) for index in range(2)])
+    odds = np.exp(slices)
+    p = odds / (1 + odds.sum(axis=1, keepdims=True))
+    for row, found in enumerate(decision.sharpness()):
+        mask = masks == row + 1
+        wanted = 2 * p[:, row][mask].sum() / (p[:, row].sum() + mask.sum())
+        assert found == pytest.approx(wanted, abs=5e-3)
+
+
 def test_many_slices_wait_in_a_file_and_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     slices = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 4
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lib.annotation import put_back, read_annotation
+from lib.confidence.calibration import Calibration
 from lib.errors import RequestError
 from lib.imaging.io import ImageVolume, read_image
 from lib.memory.bank import MemoryBank
@@ -218,7 +219,10 @@ def test_a_mask_comes_from_the_reference_and_values_follow_the_order_asked_for(
     np.testing.assert_array_equal(on_file_grid(found, image), expected)
     assert found.labels == ("spleen", "liver")
     assert {used.key.image_id for used in found.references["liver"]} == {"a"}
-    assert 0 < found.confidence["liver"] <= 0.75
+    signs = found.evidence["liver"].signs()
+    assert (signs["presence"], signs["quality"]) == (1.0, 0.75)
+    assert signs["sharpness"] > 0.99  # the one reference leaves no pixel in doubt
+    assert 0.75 < found.confidence["liver"] < 1
     assert all(references == 3 for references, _ in studio.averager.asked)
 
 
@@ -258,12 +262,16 @@ def test_own_slices_come_first_and_come_back_voxel_for_voxel(studio: Studio) -> 
     assert not result[12, 12].any()
     assert {used.key.image_id for used in found.references["liver"]} == {"query"}
     assert found.own_slices == 2
-    # 36 and 35 own voxels are certain; on the other four slices the two masks agree on 35, which
-    # is believed 0.75 times the similarity of one noise to another: little, by the seed
+    # 36 and 35 own voxels are certain; on the other four slices the two masks agree on 35
     own_area, area = 36 + 35, 36 + 35 + 4 * 35
     assert (result == 1).sum() == area
-    similarity = (found.confidence["liver"] * area - own_area) / (0.75 * (area - own_area))
-    assert 0 <= similarity < 0.1
+    assert found.own_share["liver"] == pytest.approx(own_area / area)
+    signs = found.evidence["liver"].signs()
+    assert (signs["quality"], signs["presence"]) == (0.75, 1.0)
+    believed = Calibration().confidence("liver", found.evidence["liver"])
+    assert found.confidence["liver"] == pytest.approx(
+        (own_area + (area - own_area) * believed) / area, abs=1e-4
+    )
     assert studio.averager.asked == [(2, [[True], [True]])] * 4  # own slices are not computed
 
 

@@ -89,6 +89,21 @@ class Calibration:
             self._fits[names] = self._fit(names)
         return round(self._fits[names].expect(label, signs), 4)
 
+    def expect(
+        self, evidence: Mapping[str, Evidence], own_share: Mapping[str, float]
+    ) -> dict[str, float]:
+        """As `confidence`, of each label of an image that the annotator may have drawn in part.
+
+        Args:
+            evidence: for each label, of what was segmented.
+            own_share: of each label's area what the annotator drew, of which nothing is in doubt.
+        """
+        told = {}
+        for label, one in evidence.items():
+            share = own_share.get(label, 0.0)
+            told[label] = round(share + (1 - share) * self.confidence(label, one), 4)
+        return told
+
     def _absence(self, label: str, presence: float) -> float:
         """Probability that a label is not there, where the network says so of its presence.
 

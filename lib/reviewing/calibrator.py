@@ -69,19 +69,15 @@ class Calibrator:
     def confidence(
         self, evidence: Mapping[str, Evidence], own_share: Mapping[str, float] | None = None
     ) -> dict[str, float]:
-        """Expected Dice of each label's mask, 0..1; 0 of what was not found; quick.
+        """Expected Dice of each label's mask, 0..1; quick, for no image is looked at.
+
+        Of an empty mask it is the probability that empty is right.
 
         Args:
             evidence: for each label, of the slices that were segmented.
             own_share: of each label's area what the annotator drew, of which nothing is in doubt.
         """
-        calibration, own = self.calibration(), own_share or {}
-        told = {}
-        for label, one in evidence.items():
-            share = own.get(label, 0.0)
-            expected = calibration.confidence(label, one) if one.area else 0.0
-            told[label] = round(share + (1 - share) * expected, 4)
-        return told
+        return self.calibration().expect(evidence, own_share or {})
 
     def calibrate(
         self,

@@ -48,7 +48,7 @@ class _Looked:
     index: int
     features: Features
     matches: tuple[Match, ...]
-    scores: torch.Tensor  # (L, S, S); -inf where no reference knew the label
+    side: int  # of the scores
     presence: tuple[float, ...]
     quality: tuple[float, ...]
     similarity: tuple[float, ...]
@@ -160,7 +160,7 @@ class Examiner:
     ) -> _Looked:
         memories, known = bank.load([match.key for match in matches], names)
         everyone = list(range(len(matches)))
-        scores = torch.full((len(names), 1, 1), -torch.inf)
+        side = 1
         presence, quality = [0.0] * len(names), [0.0] * len(names)
         asked: list[set[int]] = []
         for decision, voters in zip(
@@ -177,8 +177,6 @@ class Examiner:
             decision.add(index, prediction.scores, rows.tolist())
             if decision is decisions[0]:
                 side = prediction.scores.shape[-1]
-                scores = torch.full((len(names), side, side), -torch.inf)
-                scores[rows] = prediction.scores.float().cpu()
                 for place, row in enumerate(rows.tolist()):
                     presence[row] = float(prediction.presence[place])
                     quality[row] = float(prediction.quality[place])
@@ -190,7 +188,7 @@ class Examiner:
             index,
             features,
             tuple(matches),
-            scores,
+            side,
             tuple(presence),
             tuple(quality),
             tuple(similarity),
@@ -205,17 +203,11 @@ class Examiner:
         tally: EvidenceTally,
     ) -> None:
         """Signs of the query alone, at the working size."""
-        expected = np.zeros((3, len(names)))  # sum p m, sum p, sum m
         halves = np.zeros((3, len(names)))  # both, one, the other
         for one in looked:
-            side = one.scores.shape[-1]
-            odds = torch.cat([torch.zeros(1, side, side), one.scores.clamp(-30, 30)])
-            probabilities = torch.softmax(odds.double(), 0)[1:].numpy()
-            drawn = [decision.draw(one.index, (side, side)) for decision in decisions]
+            drawn = [decision.draw(one.index, (one.side, one.side)) for decision in decisions]
             for row, name in enumerate(names):
                 mask, left, right = (d == row + 1 for d in drawn)
-                p = probabilities[row]
-                expected[:, row] += float(p[mask].sum()), float(p.sum()), float(mask.sum())
                 if row in one.halves:
                     both = float((left & right).sum())
                     halves[:, row] += both, float(left.sum()), float(right.sum())
@@ -226,10 +218,8 @@ class Examiner:
                     presence=one.presence[row],
                     quality=one.quality[row],
                 )
-        for row, name in enumerate(names):
-            hit, likely, painted = expected[:, row]
-            if likely + painted:
-                tally.set(name, "sharpness", 2 * hit / (likely + painted))
+        for row, (name, sharpness) in enumerate(zip(names, decisions[0].sharpness(), strict=True)):
+            tally.set(name, "sharpness", sharpness)
             both, one_half, other_half = halves[:, row]
             if one_half + other_half:
                 tally.set(name, "agreement", 2 * both / (one_half + other_half))

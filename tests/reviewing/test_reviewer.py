@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from lib.confidence.evidence import Evidence
+from lib.imaging.io import read_image
 from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
+from lib.segmentation import Options
 from lib.settings import RefSegSettings
 from lib.strategies.board import read_board
 from lib.studies.datastore import StudiesDatastore, labelled_images
@@ -127,6 +129,32 @@ def test_with_one_label_nothing_can_be_left_out_and_the_belief_is_told(tmp_path:
 def test_what_the_annotator_drew_is_certain(site: Site) -> None:
     one = {"label_1": Evidence(quality=0.6, area=10), "absent": Evidence(presence=0.1)}
     told = site.reviewer.confidence(one)
-    assert told["absent"] == 0.0
+    assert told["absent"] > 0.8  # that there is none is as good as certain
     half = site.reviewer.confidence(one, {"label_1": 0.5})
     assert half["label_1"] == pytest.approx(0.5 + 0.5 * told["label_1"], abs=1e-3)
+
+
+def test_an_answer_and_a_review_of_the_same_slices_rest_on_the_same_figures(site: Site) -> None:
+    (site.studies / "labels" / "final" / "p2.png").unlink()
+    empty = np.zeros((56, 64), np.uint8)
+    Image.fromarray(empty + 90).save(site.studies / "p4.png")  # a picture of nothing
+    site.calibrate()
+    paths, labelled = read_board(site.store).paths, site.labelled()
+    calibration = site.reviewer.calibration()
+    for name in ("p3", "p4"):
+        answer = site.runtime.engine.segment(
+            read_image(paths[name]), site.runtime.bank, options=Options(k=2)
+        )
+        told = site.reviewer.confidence(answer.evidence, answer.own_share)
+        judged = site.reviewer.review(name, paths[name], labelled, calibration)
+        signs = answer.evidence["label_1"].signs()
+        if name == "p4":
+            assert judged.areas["label_1"] == answer.evidence["label_1"].area == 0
+            assert signs == judged.signs["label_1"] == {"presence": signs["presence"]}
+            assert told == judged.confidence
+        else:
+            four = {"similarity", "presence", "quality", "sharpness"}
+            assert signs.keys() == four  # the two others need the networks again
+            assert judged.signs["label_1"].keys() == four | {"agreement", "reverse"}
+            seen = {sign: judged.signs["label_1"][sign] for sign in four}
+            assert signs == pytest.approx(seen, abs=1e-6)
