@@ -27,13 +27,16 @@ class SmallPacs:
         fault: "" or what is wrong: `down` (closes the connection), `refuses` (to store: 409),
             `fails` (says 200, but nothing was stored), `garbage` (no JSON), `breaks off`
             (closes the connection in the middle of its answer).
+        broken_at: requests whose path holds this are answered with 500; "": none.
+        hangs_at: those whose path holds this wait for `go_on`, once they have set `hangs`.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.stored: list[str] = []
         self.asked: list[tuple[str, str, dict[str, str]]] = []
-        self.fault = ""
+        self.fault = self.broken_at = self.hangs_at = ""
+        self.hangs, self.go_on = threading.Event(), threading.Event()
         self.url = ""
 
     def add(self, folder: Path) -> None:
@@ -131,6 +134,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.held.fault == "down":
             self.close_connection = True
             self.connection.close()
+            return False
+        if self.held.hangs_at and self.held.hangs_at in self.path:
+            self.held.hangs.set()
+            self.held.go_on.wait(60)
+        if self.held.broken_at and self.held.broken_at in self.path:
+            self.send_error(500)
             return False
         return True
 

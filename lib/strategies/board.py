@@ -40,6 +40,8 @@ def read_board(
     if isinstance(datastore, LocalDatastore) and look_at_disk:
         datastore.refresh()
     if isinstance(datastore, StudiesDatastore):
+        if look_at_disk:
+            datastore.wait_for_choice()
         return _in_one_pass(datastore, tags)
     ids = sorted(datastore.list_images())
     labelled = frozenset(ids) - frozenset(datastore.get_unlabeled_images())

@@ -106,6 +106,9 @@ class StudiesDatastore(LabelStore):
         """Whether an image's file is on this machine."""
         return True
 
+    def wait_for_choice(self) -> None:
+        """Wait until the images and labels from which the next image is chosen are here."""
+
     def source(self, image_id: str) -> str:
         """The file or DICOM folder itself; "" where there is no such image."""
         with self.lock:

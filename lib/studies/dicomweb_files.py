@@ -15,6 +15,17 @@ from lib.studies.dicomweb import Pacs, SeriesRow
 logger = logging.getLogger(__name__)
 
 
+class Locks:
+    """A lock for each name."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, threading.Lock] = {}
+
+    def of(self, name: str) -> threading.Lock:
+        """The same for the same name."""
+        return self._made.setdefault(name, threading.Lock())
+
+
 class FetchedSeries:
     """Fetches series when they are needed, and some before.
 
@@ -26,7 +37,7 @@ class FetchedSeries:
     def __init__(self, pacs: Pacs, folder: Path) -> None:
         self._pacs = pacs
         self._root = folder
-        self._lock = threading.RLock()
+        self._fetching = Locks()  # one each: a long fetch keeps nobody from other series
         self._thread: threading.Thread | None = None
         make_folder(folder)
 
@@ -44,27 +55,42 @@ class FetchedSeries:
         Raises:
             PacsError: it is not here, and cannot be fetched.
         """
+        if self._is_whole(row):
+            return
+        with self._fetching.of(row.series):
+            if not self._is_whole(row):  # else somebody else has fetched it meanwhile
+                self._fetch(row)
+
+    def _is_whole(self, row: SeriesRow) -> bool:
+        there = self._count(row.series)
+        return there > 0 and (row.instances is None or there == row.instances)
+
+    def _count(self, series: str) -> int:
+        try:
+            return sum(1 for _ in self.folder(series).iterdir())
+        except FileNotFoundError:
+            return 0
+
+    def _fetch(self, row: SeriesRow) -> None:
         folder = self.folder(row.series)
-        with self._lock:
-            there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
-            if there and (row.instances is None or there == row.instances):
-                return
-            beside = folder.with_name(f".{uuid.uuid4().hex}")
-            before = folder.with_name(f"{beside.name}.before")
-            beside.mkdir()
-            start = time.perf_counter()
-            try:
-                self._pacs.fetch(row, beside)
-                if there:
-                    folder.replace(before)
-                beside.replace(folder)
-            except PacsError:
-                if not there:
-                    raise
-                logger.warning("series %s has changed, and cannot be fetched anew", row.series)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-                shutil.rmtree(before, ignore_errors=True)
+        there = self._count(row.series)
+        beside = folder.with_name(f".{uuid.uuid4().hex}")
+        before = folder.with_name(f"{beside.name}.before")
+        beside.mkdir()
+        start = time.perf_counter()
+        try:
+            self._pacs.fetch(row, beside)
+            if there:
+                folder.replace(before)
+            beside.replace(folder)
+        except PacsError:
+            if not there:
+                raise
+            logger.warning("series %s has changed, and cannot be fetched anew", row.series)
+            return
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
         logger.info("fetched series %s in %.1f s", row.series, time.perf_counter() - start)
 
     def bring_soon(self, rows: Sequence[SeriesRow]) -> None:

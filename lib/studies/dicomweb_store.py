@@ -19,7 +19,7 @@ from fastapi import HTTPException
 from monailabel.config import settings as platform
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, LocalDatastore
-from monailabel.interfaces.exception import ImageNotFoundException
+from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelException
 
 from lib.errors import ImageError, LabelError, PacsError, RefSegError
 from lib.imaging.dicom_seg import SegIdentity, write_seg
@@ -27,7 +27,7 @@ from lib.imaging.dicom_seg_reading import read_seg
 from lib.imaging.io import ImageVolume, read_image, read_label_map, write_label_map
 from lib.studies.datastore import FINAL, StudiesDatastore, label_names
 from lib.studies.dicomweb import Pacs, SegRow, SeriesRow
-from lib.studies.dicomweb_files import FetchedSeries
+from lib.studies.dicomweb_files import FetchedSeries, Locks
 from lib.studies.label_store import KEPT_VERSIONS
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ LOOK_EVERY_S = 5.0
 SETTLE_S = 10.0  # a PACS may list what it stored a moment later
 ASKED = "asked"  # in an image's info: it was asked for by its UID, and is no image by the filter
 NOTE = "dicom"  # in a label's info: which SEG it is, and which others were there
+
+NOT_HERE = (RefSegError, MONAILabelException, HTTPException, OSError)  # and may be here later
 
 
 class _LikeLocal(DICOMWebDatastore):
@@ -78,9 +80,13 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
         self._rows: dict[str, SeriesRow] | None = None  # None: the PACS has not answered yet
         self._asked: dict[str, SeriesRow] = {}  # by clients, though no image by the filter
         self._segs: dict[str, list[SegRow]] = {}
-        self._unusable: dict[str, str] = {}
+        self._unusable: dict[str, int | None] = {}  # SEGs, and files that their series had then
         self._looked = float("-inf")
-        self._following = threading.RLock()
+        self._asking = threading.Lock()  # held while the PACS is asked what it has
+        self._following = threading.Lock()  # held while labels are fetched
+        self._saving = Locks()  # of an image's label
+        self._saved: dict[str, float] = {}  # when a label was last submitted here
+        self._owed: dict[str, dict[str, Any]] = {}  # notes of submitted labels only the PACS has
         self._files = FetchedSeries(pacs, folder)
         self._ahead = ahead
         super().__init__(str(folder), copies=copies, watch=False, keep=keep)
@@ -96,21 +102,24 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
         return self._pacs.url
 
     def refresh(self) -> None:
-        """Look at the PACS again, unless that was a moment ago; what it lacks, is forgotten."""
-        with self._following:
-            if time.monotonic() - self._looked < LOOK_EVERY_S:
-                return
+        """Look at the PACS again, unless that was a moment ago; what it lacks, is forgotten.
+
+        Who comes while somebody else fetches labels goes on with those that are here.
+        """
+        asked_at = time.monotonic()
+        if self._look() and self._following.acquire(blocking=False):
             try:
-                self._rows = self._pacs.images()
-                segs = self._pacs.segs()
-            except PacsError as error:
-                logger.warning("labels and images are as they were: %s", error)
-                self._looked = time.monotonic()
-                return
-            super().refresh()
-            self._follow(segs)
-            self._looked = time.monotonic()
+                self._follow(asked_at)
+            finally:
+                self._following.release()
             self._fetch_ahead()
+
+    def wait_for_choice(self) -> None:
+        """Wait for labels under way, and for one image without a label if none is here."""
+        with self._following:  # else an image whose label is being fetched would be proposed
+            here, missing = self._unlabelled()
+            if missing and not here and self._ahead:
+                self._files.bring_quietly(missing[:1])
 
     def get_image_uri(self, image_id: str) -> str:
         """The image's NIfTI copy; fetched now if need be.
@@ -139,21 +148,30 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
         if label_tag != FINAL:
             return super().save_label(image_id, label_filename, label_tag, label_info)
         info = dict(label_info or {})
-        with _told(), self._following:
-            image = self._image(image_id)
+        with _told():
+            image = self._volume(image_id)
             label_map = read_label_map(Path(label_filename), image)
             names = label_names(info)
             machine = "model" in info and "params" in info  # as batches and `save_label` tell
-            with tempfile.TemporaryDirectory(prefix="refseg-") as work:
+            with (
+                tempfile.TemporaryDirectory(prefix="refseg-") as work,
+                self._saving.of(image_id),
+            ):
                 file = Path(work, "label.dcm")
                 seg = write_seg(file, label_map, image, names, by_machine=machine)
                 self._pacs.store(file)
                 logger.info("label of %s is in the PACS: series %s", image_id, seg.series)
+                self._saved[image_id] = time.monotonic()
                 others = [row.instance for row in self._segs.get(image_id, ())]
-                note = _note(seg, [*others, seg.instance])
+                info[NOTE] = _note(seg, [*others, seg.instance])
                 mirrored = Path(work, "label.nii.gz")
-                write_label_map(mirrored, label_map, image)
-                return super().save_label(image_id, str(mirrored), FINAL, {**info, NOTE: note})
+                try:
+                    write_label_map(mirrored, label_map, image)
+                    super().save_label(image_id, str(mirrored), FINAL, info)
+                except NOT_HERE as error:  # no failure for the client: the PACS has the label
+                    logger.error("label of %s is fetched from the PACS later: %s", image_id, error)
+                    self._owed[image_id], self._looked = info[NOTE], float("-inf")
+        return image_id
 
     def seg_of(self, image_id: str, label_file: Path, info: Mapping[str, Any]) -> Path:
         """A label map as DICOM SEG in a temporary file; nothing is stored.
@@ -162,7 +180,7 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
             HTTPException: 422 or 503 with a sentence.
         """
         with _told():
-            image = self._image(image_id)
+            image = self._volume(image_id)
             with tempfile.NamedTemporaryFile(suffix=".dcm", delete=False) as file:
                 target = Path(file.name)
             label_map = read_label_map(label_file, image)
@@ -196,56 +214,104 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
 
     # -- following the PACS -------------------------------------------------------------------
 
-    def _follow(self, segs: Sequence[SegRow]) -> None:
-        """Make the newest SEG of each image its label."""
-        by_image: dict[str, list[SegRow]] = {}
-        for row in segs:
-            by_image.setdefault(row.image, []).append(row)
-        self._segs = by_image
-        for image_id in self.list_images():
-            rows = by_image.get(image_id, [])
-            info = self.get_label_info(image_id, FINAL)
-            note = info.get(NOTE, {})
-            current, seen = note.get("instance"), set(note.get("seen", ()))
-            if not rows:
-                if info and time.time() - float(info.get("ts", 0)) > SETTLE_S:
-                    logger.info("the PACS has no label of %s any more", image_id)
-                    super().remove_label(image_id, FINAL)
-                continue
-            present = {row.instance for row in rows}
-            if current in present:
-                rows = [row for row in rows if row.instance == current or row.instance not in seen]
-            for row in sorted(rows, key=lambda row: (row.made_at, row.instance), reverse=True):
-                if row.instance == current or self._mirror(row, sorted(present)):
-                    break
+    def _look(self) -> bool:
+        """Ask what the PACS has; False if there is nothing new to know.
 
-    def _mirror(self, row: SegRow, present: Sequence[str]) -> bool:
-        """Take over a SEG as the label of its image; False if it cannot be used."""
-        if row.instance in self._unusable:
+        Only who knows nothing yet waits for somebody else's question.
+        """
+        if not self._asking.acquire(blocking=self._rows is None):
             return False
         try:
-            image = self._image(row.image)
-            with tempfile.TemporaryDirectory(prefix="refseg-") as work:
-                self._pacs.fetch_seg(row, Path(work, "seg.dcm"))
-                label_map, names = read_seg(Path(work, "seg.dcm"), image)
-                write_label_map(Path(work, "label.nii.gz"), label_map, image)
-                seg = SegIdentity(row.study, row.series, row.instance)
-                info = {
-                    "label_names": {name: number for number, name in names.items()},
-                    NOTE: _note(seg, present),
-                }
-                super().save_label(row.image, str(Path(work, "label.nii.gz")), FINAL, info)
-        except (ImageError, LabelError) as error:
-            logger.warning("segmentation %s is not used: %s", row.series, error)
-            self._unusable[row.instance] = str(error)
-            return False
-        except (RefSegError, HTTPException, OSError) as error:
-            logger.warning("segmentation %s is looked at later: %s", row.series, error)
-            return False
-        logger.info("label of %s is segmentation %s of the PACS", row.image, row.series)
+            if time.monotonic() - self._looked < LOOK_EVERY_S:
+                return False
+            try:
+                rows, segs = self._pacs.images(), self._pacs.segs()
+            except PacsError as error:
+                logger.warning("labels and images are as they were: %s", error)
+                return False
+            finally:
+                self._looked = time.monotonic()
+            by_image: dict[str, list[SegRow]] = {}
+            for row in segs:
+                by_image.setdefault(row.image, []).append(row)
+            self._rows, self._segs = rows, by_image
+            super().refresh()
+        finally:
+            self._asking.release()
         return True
 
-    def _image(self, image_id: str) -> ImageVolume:
+    def _follow(self, asked_at: float) -> None:
+        """Make the newest SEG of each image its label.
+
+        Args:
+            asked_at: before the PACS was asked: what was submitted since, is newer.
+        """
+        segs = self._segs
+        for image_id in self.list_images():
+            self._follow_one(image_id, segs.get(image_id, []), asked_at)
+
+    def _follow_one(self, image_id: str, rows: Sequence[SegRow], asked_at: float) -> None:
+        info = self.get_label_info(image_id, FINAL)
+        note = info.get(NOTE, {})
+        current, seen = note.get("instance"), set(note.get("seen", ()))
+        present = {row.instance for row in rows}
+        if not rows and info and time.time() - float(info.get("ts", 0)) > SETTLE_S:
+            self._forget(image_id, asked_at)
+        if current in present:
+            rows = [row for row in rows if row.instance == current or row.instance not in seen]
+        owed = self._owed.get(image_id, {})
+        last = owed.get("instance")
+        order = sorted(rows, key=lambda row: (row.instance == last, row.made_at, row.instance))
+        for row in reversed(order):
+            if row.instance == current:
+                return
+            if self._cannot_use(row):
+                continue
+            judged = sorted(present - self._unusable.keys())
+            try:
+                self._mirror(row, owed if row.instance == last else _note(row, judged), asked_at)
+            except (ImageError, LabelError) as error:
+                logger.warning("segmentation %s is not used: %s", row.series, error)
+                self._unusable[row.instance] = self._files_in(image_id)
+                continue
+            except NOT_HERE as error:
+                logger.warning("segmentation %s is looked at later: %s", row.series, error)
+            return  # an older one would be the label for good
+
+    def _cannot_use(self, row: SegRow) -> bool:
+        """Whether a SEG did not fit; it may fit once more of its series has arrived."""
+        known = row.instance in self._unusable
+        return known and self._unusable[row.instance] == self._files_in(row.image)
+
+    def _files_in(self, image_id: str) -> int | None:
+        row = (self._listed() or {}).get(image_id)
+        return row.instances if row else None
+
+    def _forget(self, image_id: str, asked_at: float) -> None:
+        with self._saving.of(image_id):
+            if self._saved.get(image_id, 0.0) < asked_at:
+                logger.info("the PACS has no label of %s any more", image_id)
+                super().remove_label(image_id, FINAL)
+
+    def _mirror(self, row: SegRow, note: Mapping[str, Any], asked_at: float) -> None:
+        """Take over a SEG as the label of its image, unless one was submitted meanwhile."""
+        image = self._volume(row.image)
+        with tempfile.TemporaryDirectory(prefix="refseg-") as work:
+            self._pacs.fetch_seg(row, Path(work, "seg.dcm"))
+            label_map, names = read_seg(Path(work, "seg.dcm"), image)
+            file = Path(work, "label.nii.gz")
+            write_label_map(file, label_map, image)
+            numbers = {name: number for number, name in names.items()}
+            with self._saving.of(row.image):
+                if self._saved.get(row.image, 0.0) >= asked_at:
+                    return
+                info = {"label_names": numbers, NOTE: dict(note)}
+                super().save_label(row.image, str(file), FINAL, info)
+                if self._owed.get(row.image, {}).get("instance") == row.instance:
+                    del self._owed[row.image]
+        logger.info("label of %s is segmentation %s of the PACS", row.image, row.series)
+
+    def _volume(self, image_id: str) -> ImageVolume:
         self._bring(image_id)
         if image_id not in self._datastore.objects or not self.at_hand(image_id):
             msg = f"Image {image_id} not found"
@@ -273,15 +339,15 @@ class DicomwebStore(StudiesDatastore, _LikeLocal):
 
     def _fetch_ahead(self) -> None:
         """Some images without a label must be here, for the next to be chosen from."""
+        here, missing = self._unlabelled()
+        self._files.bring_soon(missing[: max(0, self._ahead - here)])
+
+    def _unlabelled(self) -> tuple[int, list[SeriesRow]]:
+        """Images without a label: how many are here, and those that are not."""
         listed = self._listed() or {}
         waiting = [listed[i] for i in self.get_unlabeled_images() if i in listed]
         missing = [row for row in waiting if not self.at_hand(row.series)]
-        here = len(waiting) - len(missing)
-        if not missing or here >= self._ahead:
-            return
-        if not here:
-            self._files.bring_quietly(missing[:1])
-        self._files.bring_soon(missing[: self._ahead - here])
+        return len(waiting) - len(missing), missing
 
     # -- the platform's table: the PACS's list instead of the disk's ----------------------------
 
@@ -339,7 +405,7 @@ def open_dicomweb(url: str, folder: Path, *, ahead: int, keep: int) -> DicomwebS
     return store
 
 
-def _note(seg: SegIdentity, seen: Sequence[str]) -> dict[str, Any]:
+def _note(seg: SegIdentity | SegRow, seen: Sequence[str]) -> dict[str, Any]:
     return {
         "study": seg.study,
         "series": seg.series,

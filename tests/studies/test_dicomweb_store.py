@@ -1,10 +1,14 @@
 """A PACS as the studies: nothing that was acknowledged is lost, whatever the PACS does."""
 
 import base64
+import errno
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -19,6 +23,7 @@ from lib.strategies.board import read_board
 from lib.studies.datastore import image_paths, labelled_images
 from lib.studies.dicomweb import Pacs
 from lib.studies.dicomweb_store import DicomwebStore
+from lib.studies.label_store import LabelStore
 from lib.types import IntArray
 from tests.dicom_series import write_series
 from tests.small_pacs import SmallPacs, running_pacs
@@ -85,6 +90,26 @@ class Ward:
             return None
         assert dict(row.label_names) == {1: "liver", 2: "spleen"}
         return read_label_map(row.label_path, read_image(row.image_path))
+
+
+@contextmanager
+def under_way(ward: Ward, hangs_at: str, job: Callable[[], object]) -> Iterator[None]:
+    """In the block the PACS lets a request of the job wait, and the job with it."""
+    ward.pacs.hangs_at = hangs_at
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(job)
+        try:
+            assert ward.pacs.hangs.wait(30)
+            yield
+        finally:
+            ward.pacs.go_on.set()
+        running.result(30)
+
+
+def soon(job: Callable[[], Any]) -> Any:
+    """What a job tells; it fails if it waits for what is under way elsewhere."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(job).result(15)
 
 
 @pytest.fixture
@@ -184,6 +209,121 @@ def test_a_segmentation_that_does_not_fit_hides_no_other(ward: Ward, tmp_path: P
     seg.save_as(tmp_path / "bad" / "b.dcm")
     ward.pacs.add(tmp_path / "bad")
     np.testing.assert_array_equal(ward.held(0), good)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_newest_label_is_looked_at_again_when_it_could_not_be_fetched(
+    ward: Ward, mirrored: bool
+) -> None:
+    first = ward.draw_elsewhere(0, 1, "20260101 000000")
+    if mirrored:
+        np.testing.assert_array_equal(ward.held(0), first)
+    ward.draw_elsewhere(0, 2, "20260102 000000")
+    newest = ward.draw_elsewhere(0, 3, "20260103 000000")
+    ward.pacs.broken_at = f"/instances/{ward.pacs.stored[-1]}"
+    if mirrored:
+        np.testing.assert_array_equal(ward.held(0), first)
+    else:
+        assert ward.held(0) is None
+    ward.pacs.broken_at = ""
+    np.testing.assert_array_equal(ward.held(0), newest)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_label_that_came_before_its_series_was_whole_is_used_once_it_is(
+    ward: Ward, tmp_path: Path, mirrored: bool
+) -> None:
+    files = sorted((ward.folder / "s1").iterdir())
+    last = str(pydicom.dcmread(files[-1]).SOPInstanceUID)
+    content = ward.pacs.files.pop(last)
+    if mirrored:  # one that fits what is there
+        part = tmp_path / "part"
+        part.mkdir()
+        for file in files[:-1]:
+            (part / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "seg").mkdir()
+        fits = np.ones((*SHAPE[:2], SHAPE[2] - 1), np.int32)
+        write_seg(tmp_path / "seg" / "a.dcm", fits, read_image(part), {1: "liver"})
+        seg = pydicom.dcmread(tmp_path / "seg" / "a.dcm")
+        seg.ContentDate = "20250101"
+        seg.save_as(tmp_path / "seg" / "a.dcm")
+        ward.pacs.add(tmp_path / "seg")
+    labels = ward.draw_elsewhere(1, 1, "20260101 000000")
+    rows = labelled_images(ward.store)
+    assert [row.image_id for row in rows] == [ward.series[1]] * mirrored
+    asked = len([path for _, path, _ in ward.pacs.asked if "/instances/" in path])
+    ward.store.refresh()
+    assert len([path for _, path, _ in ward.pacs.asked if "/instances/" in path]) == asked
+    ward.pacs.files[last] = content
+    np.testing.assert_array_equal(ward.held(1), labels)
+
+
+def test_a_fetch_under_way_keeps_nobody_from_series_that_are_here(ward: Ward) -> None:
+    here, away = ward.series[:2]
+    ward.store.refresh()
+    ward.store.get_image_uri(here)
+    with under_way(ward, f"/series/{away}", lambda: ward.store.get_image_uri(away)):
+        assert Path(soon(lambda: ward.store.get_image_uri(here))).is_file()
+    assert ward.store.at_hand(away)
+
+
+def test_labels_under_way_hold_up_no_submit_and_no_other_request(ward: Ward) -> None:
+    ward.store.refresh()
+    ward.store.get_image_uri(ward.series[0])
+    labels = ward.draw_elsewhere(1, 2, "20260101 000000")
+    with under_way(ward, f"/series/{ward.series[1]}", ward.store.refresh):
+        mine = soon(lambda: ward.save(0, seed=1))
+        np.testing.assert_array_equal(soon(lambda: ward.held(0)), mine)
+    np.testing.assert_array_equal(ward.held(1), labels)
+    np.testing.assert_array_equal(ward.held(0), mine)
+
+
+def test_a_label_submitted_while_an_older_one_is_fetched_stays_the_label(ward: Ward) -> None:
+    ward.store.refresh()
+    ward.store.get_image_uri(ward.series[0])
+    ward.draw_elsewhere(0, 1, "29990101 000000")
+    older = ward.pacs.stored[-1]
+    with under_way(ward, f"/instances/{older}", ward.store.refresh):
+        mine = soon(lambda: ward.save(0, seed=2))
+    for store in (ward.store, ward.open("cache")):
+        np.testing.assert_array_equal(ward.held(0, store), mine)
+
+
+def test_who_chooses_the_next_image_waits_for_labels_under_way(ward: Ward) -> None:
+    ward.store.refresh()
+    ward.store.get_image_uri(ward.series[0])
+    ward.draw_elsewhere(0, 1, "20260101 000000")
+    seg = ward.pacs.stored[-1]
+    with ThreadPoolExecutor() as pool:
+        with under_way(ward, f"/instances/{seg}", ward.store.refresh):
+            board = pool.submit(read_board, ward.store)
+            with pytest.raises(TimeoutError):
+                board.result(0.5)
+        assert board.result(30).labelled == {ward.series[0]}
+
+
+def test_who_chooses_the_next_image_waits_for_the_first_to_be_fetched(ward: Ward) -> None:
+    store = ward.open("ahead", ahead=2)
+    assert read_board(store).paths
+
+
+def test_a_label_in_the_pacs_is_no_failure_when_there_is_no_room_for_it_here(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = ward.draw_elsewhere(0, 1, "29990101 000000")
+    np.testing.assert_array_equal(ward.held(0), future)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 60.0)
+    with monkeypatch.context() as disk:
+        disk.setattr(LabelStore, "save_label", full)
+        mine = ward.save(0, seed=2)
+        np.testing.assert_array_equal(ward.held(0), future)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
+    np.testing.assert_array_equal(ward.held(0), mine)
+    np.testing.assert_array_equal(ward.held(0, ward.open("cache")), mine)
 
 
 def test_a_series_that_has_grown_is_fetched_anew(ward: Ward, tmp_path: Path) -> None:
