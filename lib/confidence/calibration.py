@@ -73,10 +73,12 @@ class Calibration:
     """Expected Dice of masks; made from samples, unchanging, cheap to make anew.
 
     Args:
-        samples: leave-one-out; those without any area teach nothing.
+        samples: leave-one-out; those without any area teach nothing but presence.
+        images: that they come from; 0: that is not known, as many as know a label.
     """
 
     samples: Sequence[Sample] = ()
+    images: int = 0
     _fits: dict[tuple[str, ...], _Fit] = field(default_factory=dict, init=False, repr=False)
 
     def confidence(self, label: str, evidence: Evidence) -> float:
@@ -108,10 +110,11 @@ class Calibration:
         """Probability that a label is not there, where the network says so of its presence.
 
         By Bayes' rule with how often the labelled images show it; the network's word is of a label
-        that is there as often as not.
+        that is there as often as not. Of partial labels most are known where they are alone: an
+        image that does not show a rare one counts, though it does not say that there is none.
         """
         seen = [sample.present for sample in self.samples if sample.label == label]
-        share = (sum(seen) + 1) / (len(seen) + 2)
+        share = (sum(seen) + 1) / (max(len(seen), self.images) + 2)
         here, gone = presence * share, (1 - presence) * (1 - share)
         return gone / (here + gone) if here + gone else 1.0
 

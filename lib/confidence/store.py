@@ -82,6 +82,11 @@ class ConfidenceStore:
                 found.append(Sample(label, Evidence(**row), dice, present))
         return found
 
+    def images(self) -> int:
+        """How many images the samples come from."""
+        ((count,),) = self._all("SELECT COUNT(*) FROM samples WHERE rows != '[]'")
+        return int(count)
+
     def put_estimate(self, estimate: Estimate) -> None:
         """Keep an estimate, in place of the image's last."""
         rows = {label: _as_json(evidence) for label, evidence in estimate.evidence.items()}

@@ -63,7 +63,8 @@ class Calibrator:
     def calibration(self) -> Calibration:
         """As learned so far; without any sample it is what is believed beforehand."""
         if self._calibration is None:
-            self._calibration = Calibration(self._parts[0].samples())
+            store = self._parts[0]
+            self._calibration = Calibration(store.samples(), store.images())
         return self._calibration
 
     def confidence(

@@ -102,7 +102,7 @@ class Reviewer(Calibrator):
             confidence,
             areas=areas,
             signs={name: found.evidence[name].signs() for name in found.labels},
-            worst=_worst(confidence, areas),
+            worst=_worst(confidence, areas, calibration),
             picture_slice=found.slices[place],
             thumbnail=self._thumbnail(image, found, place, thumbnail) if thumbnail else "",
         )
@@ -206,7 +206,7 @@ class Reviewer(Calibrator):
                 evidence = estimate.evidence
                 confidence = {n: calibration.confidence(n, e) for n, e in evidence.items()}
                 areas = {name: one.area for name, one in evidence.items()}
-                worst = _worst(confidence, areas)
+                worst = _worst(confidence, areas, calibration)
                 found[image_id] = Reviewed(image_id, confidence, areas=areas, worst=worst)
             self._recalled = calibration, now, found
             return found
@@ -222,7 +222,15 @@ class Reviewer(Calibrator):
         return risk
 
 
-def _worst(confidence: Mapping[str, float], areas: Mapping[str, int]) -> str:
-    """The label trusted least; one that is rightly absent is not the worst mask of an image."""
-    shown = [name for name in confidence if areas[name]] or list(confidence)
-    return min(shown, key=lambda name: (confidence[name], name), default="")
+def _worst(
+    confidence: Mapping[str, float], areas: Mapping[str, int], calibration: Calibration
+) -> str:
+    """The label trusted least, found or not: one that was missed makes an image a bad one.
+
+    Before any label was left out nobody knows how often one is absent, and the network's doubts of
+    all labels that are rightly absent would come before poor masks: then an empty mask counts only
+    where it is likelier wrong than right.
+    """
+    learned = bool(calibration.samples)
+    counted = [n for n in confidence if areas[n] or learned or confidence[n] < 0.5]
+    return min(counted or confidence, key=lambda name: (confidence[name], name), default="")

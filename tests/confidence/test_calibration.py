@@ -57,6 +57,18 @@ def test_an_empty_mask_is_trusted_as_far_as_the_label_is_thought_absent():
     assert Calibration(never).confidence("liver", Evidence(presence=0.2)) > 0.95
 
 
+def test_a_label_that_few_of_the_labelled_images_show_is_thought_absent_from_the_others():
+    # partial labels: an image teaches of what is drawn on it, so all five samples show the tumor
+    shown = [Sample("tumor", Evidence(presence=0.9, quality=0.9, area=9), 0.8)] * 5
+    empty = Evidence(presence=0.3)
+    alone = Calibration(shown).confidence("tumor", empty)
+    assert alone == pytest.approx(0.7 * 1 / (0.7 * 1 + 0.3 * 6), abs=1e-3)
+    # of 28 images: odds of 6 to 24 that it is there, times 3 to 7 by the network
+    among_others = Calibration(shown, images=28).confidence("tumor", empty)
+    assert among_others == pytest.approx(0.7 * 24 / (0.7 * 24 + 0.3 * 6), abs=1e-3)
+    assert Calibration(shown, images=28).confidence("liver", empty) > 0.95  # shown by none
+
+
 def measured(count: int, seed: int) -> list[Sample]:
     """Dice follows agreement and similarity; quality is optimistic noise; tumors are worse."""
     generator = np.random.default_rng(seed)
@@ -130,6 +142,10 @@ def test_samples_and_estimates_come_back_as_they_were(tmp_path):
     assert repr(again.samples()) == repr(rows)  # NaN is not equal to itself
     assert again.marks() == {"a": "mark a2", "b": "mark b"}
     assert repr(again.estimates()) == repr({"c": Estimate("c", 7, seen)})
+    assert again.images() == 2
+    again.put_samples("d", "mark d", [])  # its label could not be read: it teaches nothing
+    assert again.images() == 2
+    again.forget(["d"])
     again.forget(["b"])
     assert store.marks() == {"a": "mark a2"}
     assert ConfidenceStore(tmp_path, "other net").samples() == []

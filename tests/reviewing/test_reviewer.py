@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lib.confidence.calibration import Calibration, Sample
 from lib.confidence.evidence import Evidence
 from lib.imaging.io import read_image
-from lib.reviewing.reviewer import Reviewer
+from lib.reviewing.reviewer import Reviewer, _worst
 from lib.runtime import Runtime
 from lib.segmentation import Options
 from lib.settings import RefSegSettings
@@ -158,3 +159,43 @@ def test_an_answer_and_a_review_of_the_same_slices_rest_on_the_same_figures(site
             assert judged.signs["label_1"].keys() == four | {"agreement", "reverse"}
             seen = {sign: judged.signs["label_1"][sign] for sign in four}
             assert signs == pytest.approx(seen, abs=1e-6)
+
+
+LEARNED = Calibration([Sample("liver", Evidence(quality=0.9, area=9), 0.9)], images=1)
+
+
+@pytest.mark.parametrize("calibration", [Calibration(), LEARNED], ids=["fresh", "learned"])
+def test_a_label_that_was_missed_is_the_worst_of_its_image(calibration: Calibration) -> None:
+    told = {"liver": 0.9, "tumor": 0.05}
+    assert _worst(told, {"liver": 500, "tumor": 0}, calibration) == "tumor"
+    assert _worst(told, {"liver": 0, "tumor": 0}, calibration) == "tumor"
+    assert _worst({"liver": 0.04, "tumor": 0.05}, {"liver": 5, "tumor": 0}, calibration) == "liver"
+    assert _worst({}, {}, calibration) == ""
+
+
+def order(calibration: Calibration) -> list[str]:
+    """Images by trust, as `review` lists them: eight labels, of which most are on no image.
+
+    The presences of absent labels are those that the network says of haemorrhages in CT.
+    """
+    found = Evidence(presence=0.99, quality=0.9, sharpness=0.93, area=400)
+    poor = Evidence(presence=0.9, quality=0.5, sharpness=0.55, area=400)
+    doubts = [0.25, 0.3, 0.34, 0.4, 0.4, 0.45, 0.48]
+    images = {f"good {n}": {"liver": found} for n in range(4)} | {"poor": {"liver": poor}}
+    for evidence in images.values():
+        evidence |= {f"rare {n}": Evidence(presence=doubt) for n, doubt in enumerate(doubts)}
+    images["missed"] = images["good 0"] | {"rare 3": Evidence(presence=0.97)}
+    trust = {}
+    for name, evidence in images.items():
+        told = {label: calibration.confidence(label, one) for label, one in evidence.items()}
+        areas = {label: one.area for label, one in evidence.items()}
+        trust[name] = told[_worst(told, areas, calibration)]
+    return sorted(trust, key=lambda name: (trust[name], name))
+
+
+def test_where_most_labels_are_absent_the_missed_and_the_poor_come_first() -> None:
+    good = Evidence(presence=0.99, quality=0.9, sharpness=0.93, area=400)
+    samples = [Sample("liver", good, 0.9)] * 20
+    samples += [Sample(f"rare {n}", good, 0.9) for n in range(7)]  # drawn where they are, only
+    for calibration in (Calibration(), Calibration(samples, images=20)):
+        assert order(calibration)[:2] == ["missed", "poor"]
