@@ -76,9 +76,10 @@ audit: setup ## known weaknesses of what is installed (pip-audit asks pypi.org o
 	test -x build/audit/bin/pip-audit || { $(BIN)/python -m venv build/audit && build/audit/bin/pip install --quiet pip-audit==2.10.1; }
 	build/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(AUDIT)
 
-serve: setup ## start the server: make serve STUDIES=DIR [PORT=8000] [HOST=127.0.0.1]
+serve: setup ## start the server: make serve STUDIES=DIR [PORT=8000] [HOST=127.0.0.1] [TOKEN_FILE=FILE] [OPTIONS="--tls-cert ..."]
 	@test -n "$(STUDIES)" || { echo "Which images? make serve STUDIES=DIR"; exit 2; }
-	$(BIN)/python -m monailabel.main start_server --app apps/refseg --studies "$(STUDIES)" --host "$(HOST)" --port "$(PORT)"
+	$(BIN)/python apps/refseg/main.py serve --studies "$(STUDIES)" --host "$(HOST)" --port "$(PORT)" \
+		$(if $(TOKEN_FILE),--token-file "$(TOKEN_FILE)") $(OPTIONS)
 
 clean: ## remove what the checks and the demo made (not .venv)
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
 """What the repository promises of itself: pins, rooms, commands, sizes, a start without weight."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,27 @@ def test_readme_names_the_commands_that_exist() -> None:
     assert {"demo", "test", "serve"} <= named <= targets
     assert "monailabel start_server --app apps/refseg --studies" in readme
     assert "python -m monailabel.main start_server --app apps/refseg --studies" in readme
+    assert readme.index("make serve STUDIES=") < readme.index("monailabel start_server")
+
+
+def test_make_serve_starts_the_server_that_protects() -> None:
+    """What make would run; --host of other machines is refused there without a token."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    asked = ["STUDIES=my images", "HOST=0.0.0.0", "PORT=8123", "TOKEN_FILE=a token"]
+    done = subprocess.run(
+        ["make", "--dry-run", "serve", *asked],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    command = shlex.split(done.stdout.replace("\\\n", " ").strip().splitlines()[-1])
+    start = command.index("serve")
+    assert command[start - 1] == "apps/refseg/main.py"
+    assert command[start + 1 :] == [
+        "--studies", "my images", "--host", "0.0.0.0", "--port", "8123", "--token-file", "a token",
+    ]  # fmt: skip
 
 
 def test_readme_lists_the_options_that_exist() -> None:

@@ -24,6 +24,8 @@ from monailabel.client import MONAILabelClient
 from requests_toolbelt.multipart.decoder import MultipartDecoder
 
 from apps.refseg.server.limits import MOST_CONNECTIONS, MOST_REQUESTS
+from apps.refseg.server.options import ServeOptions
+from apps.refseg.server.run import warn_of_clear_text
 from tests.apps.phantoms import SHAPE, affine, ball, box, write_labels, write_picture, write_volume
 from tests.apps.serve_process import ServeProcess
 from tests.apps.server_process import APP, Server
@@ -626,6 +628,24 @@ def test_a_server_that_others_can_reach_wants_a_token(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "16 characters" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"host": "0.0.0.0", "tokens": (TOKEN,)}, "the token and all images go over"),
+        ({"host": "192.168.1.5"}, "all images go over"),
+        ({"host": "127.0.0.1", "tokens": (TOKEN,)}, ""),
+        ({"host": "0.0.0.0", "tokens": (TOKEN,), "tls_cert": Path("chain.pem")}, ""),
+    ],
+)
+def test_a_server_that_others_can_read_says_so(
+    more: Any, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_clear_text(ServeOptions(studies="/x", **more))
+    assert said in caplog.text
+    assert ("--tls-cert" in caplog.text) == bool(said)
+    assert TOKEN not in caplog.text
 
 
 # -- what the owner sees --------------------------------------------------------------------------

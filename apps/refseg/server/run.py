@@ -70,6 +70,7 @@ def serve(options: ServeOptions, app_folder: Path) -> None:
         ssl_keyfile=str(options.tls_key) if options.tls_key else None,
         ssl_version=ssl.PROTOCOL_TLS_SERVER,
     )
+    warn_of_clear_text(options)
     server = _Server(config)
     server.lanes = lanes
     server.temporary = TemporaryFolder()
@@ -140,6 +141,19 @@ def read_tokens(path: Path) -> tuple[str, ...]:
     if os.name == "posix" and path.stat().st_mode & 0o077:
         logger.warning("%s can be read by others on this machine: chmod 600 it", path)
     return tokens
+
+
+def warn_of_clear_text(options: ServeOptions) -> None:
+    """Once the log is set up: whoever is on the way can read what no TLS hides."""
+    if options.is_local or options.tls_cert:
+        return
+    secret = "the token and all images go" if options.tokens else "all images go"
+    logger.warning(
+        "--host %s without TLS: %s over the network in the clear. Give --tls-cert and --tls-key, "
+        "or listen on 127.0.0.1 behind a reverse proxy that adds TLS (docs/security.md)",
+        options.host,
+        secret,
+    )
 
 
 def _set_up_platform(options: ServeOptions, app_folder: Path) -> None:
