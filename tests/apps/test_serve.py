@@ -25,7 +25,7 @@ from requests_toolbelt.multipart.decoder import MultipartDecoder
 
 from apps.refseg.server.limits import MOST_CONNECTIONS, MOST_REQUESTS
 from apps.refseg.server.options import ServeOptions
-from apps.refseg.server.run import warn_of_clear_text
+from apps.refseg.server.run import read_tokens, warn_of_clear_text
 from tests.apps.phantoms import SHAPE, affine, ball, box, write_labels, write_picture, write_volume
 from tests.apps.serve_process import ServeProcess
 from tests.apps.server_process import APP, Server
@@ -628,6 +628,18 @@ def test_a_server_that_others_can_reach_wants_a_token(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "16 characters" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no mode there")
+def test_a_token_that_others_can_read_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(f"{TOKEN}\n")
+    for mode, said in ((0o644, True), (0o600, False)):
+        token.chmod(mode)
+        assert read_tokens(token) == (TOKEN,)
+        assert ("chmod 600" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize(

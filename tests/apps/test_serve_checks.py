@@ -1,17 +1,25 @@
 """What `serve` lets through to the platform, and how errors are told."""
 
+import asyncio
 import io
 import shutil
+import struct
+import threading
 import zipfile
 import zlib
 from typing import Any
 
 import pytest
 import requests
+from fastapi import Request
+from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 
+from apps.refseg.server import platform
 from apps.refseg.server.answers import request_id, translated
-from apps.refseg.server.checks import check_arguments, client_of, not_served
+from apps.refseg.server.checks import LONGEST_LIST, check_arguments, client_of, not_served
+from apps.refseg.server.lanes import Lane
+from apps.refseg.server.platform import _in_lane
 from lib.errors import RequestError
 
 ENDINGS = [".nii.gz", ".png", ".nrrd", ".mhd"]
@@ -35,6 +43,16 @@ def bomb() -> UploadFile:
     entry = data.index(b"PK\x01\x02")
     data[entry + 24 : entry + 28] = b"\xf0\xff\xff\xff"
     return upload("x.zip", bytes(data))
+
+
+def listing(files: int) -> UploadFile:
+    """A zip archive that is a list of files alone."""
+    data = archive(a=b"1").file.read()
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    told = data[start:end] * files
+    record = bytearray(data[end:])
+    record[12:20] = struct.pack("<LL", len(told), 0)
+    return upload("x.zip", told + bytes(record))
 
 
 def future() -> UploadFile:
@@ -77,6 +95,8 @@ class Output:
         ("/session/", {"uncompress": True, "files": [archive(__x=b"1")]}),
         ("/session/", {"uncompress": True, "files": [bomb()]}),
         ("/session/", {"uncompress": True, "files": [future()]}),
+        ("/session/", {"uncompress": True, "files": [listing(100_001)]}),
+        ("/session/", {"uncompress": True, "files": [upload("x.zip", b"no PK\x05\x06 zip")]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -102,6 +122,42 @@ def test_what_the_platform_could_not_bear_is_refused(path: str, given: dict[str,
 )
 def test_what_clients_send_passes(path: str, given: dict[str, Any]) -> None:
     check_arguments(path, given, lambda: ENDINGS)
+
+
+def test_a_list_of_files_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: object) -> None:
+        raise AssertionError
+
+    long = listing(LONGEST_LIST // 46)  # each has a name of one letter
+    monkeypatch.setattr(zipfile, "ZipFile", read)
+    with pytest.raises(RequestError, match=str(LONGEST_LIST)):
+        check_arguments("/session/", {"uncompress": True, "files": [long]}, lambda: ENDINGS)
+
+
+def test_a_request_is_checked_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive of many files would hold up everybody else."""
+    threads = []
+
+    def check(*_: object) -> None:
+        threads.append(threading.current_thread())
+
+    async def endpoint() -> dict[str, str]:
+        return {}
+
+    async def stays() -> dict[str, str]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def scene() -> int:
+        lane = Lane("x", at_once=1, waiting=1)
+        call = _in_lane(APIRoute("/x", endpoint), lane)
+        request = Request({"type": "http", "client": None}, stays)
+        return (await call(refseg_request=request)).status_code
+
+    monkeypatch.setattr(platform, "check_arguments", check)
+    assert asyncio.run(scene()) == 200
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 def test_an_upload_is_as_it_was_after_its_header_was_looked_at() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 import uvicorn
 from fastapi import APIRouter
 from starlette.middleware.cors import CORSMiddleware
@@ -139,7 +140,8 @@ def read_tokens(path: Path) -> tuple[str, ...]:
         )
         raise RequestError(msg)
     if os.name == "posix" and path.stat().st_mode & 0o077:
-        logger.warning("%s can be read by others on this machine: chmod 600 it", path)
+        # the log is not set up yet
+        typer.echo(f"{path} can be read by others on this machine: chmod 600 it", err=True)
     return tokens
 
 
