@@ -28,7 +28,7 @@ help: ## show this list
 
 setup: $(VENV)/.ready ## make .venv with everything pinned (once; again when a pin changes)
 
-$(VENV)/.ready: requirements.txt requirements-base.txt requirements-gpu.txt requirements-dev.txt requirements-no-deps.txt
+$(VENV)/.ready: requirements.txt requirements-base.txt requirements-gpu.txt requirements-dev.txt requirements-distributed.txt requirements-no-deps.txt
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || { \
 		echo "No Python 3.10, 3.11 or 3.12 with venv was found. Install one (Debian: python3-venv)"; \
 		echo "or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }

@@ -21,7 +21,9 @@ from lib.types import FloatArray
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 256  # images handed out and not yet back: what the queue holds is bounded
-RESTARTS = 3  # of workers that died, before it is given up
+RESTARTS = 3  # of a worker that dies without an image, before it is given up
+DASK_LOOK_S = 20.0  # without any answer, after which it is asked whether workers are left
+KILLER = "the process that read it died, alone as among others; it may be too large for the memory"
 NEEDS_DASK = (
     "--address needs Dask, which is not installed: pip install -r requirements-distributed.txt, "
     "here and on every machine. Or leave --address out and give --workers."
@@ -45,68 +47,99 @@ class Embedded:
     error: str = ""
 
 
-_runtimes: dict[tuple[tuple[str, str], ...], Runtime] = {}  # of a worker process
+Conf = tuple[tuple[str, str], ...]
+_runtimes: dict[Conf, Runtime] = {}  # of a worker process
 
 
-def embed_one(conf: tuple[tuple[str, str], ...], image_id: str, path: str) -> Embedded:
+def embed_one(conf: Conf, image_id: str, path: str) -> Embedded:
     """Embed one image in a worker; networks are loaded by the first call of its process."""
-    if conf not in _runtimes:
-        settings = from_conf(dict(conf))
-        _runtimes[conf] = Runtime(settings, bank_root=Path.cwd(), studies="worker")
-    try:
-        vectors, numbers = _runtimes[conf].embed_file(Path(path))
-    except (RefSegError, OSError) as error:
-        return Embedded(image_id, None, (), str(error))
-    return Embedded(image_id, vectors, tuple(numbers))
+    return _embed(_runtime(conf), image_id, Path(path))
 
 
-def fingerprint_of(conf: tuple[tuple[str, str], ...]) -> str:
+def warm_up(conf: Conf) -> None:
+    """Load the networks of a worker and run them once: what it can do without any image."""
+    _runtime(conf).warm_up()
+
+
+def fingerprint_of(conf: Conf) -> str:
     """The fingerprint that a worker would embed under: it must be the same everywhere."""
-    embed_settings = from_conf(dict(conf))
-    return Runtime(embed_settings, bank_root=Path.cwd(), studies="worker").fingerprint
+    return _runtime(conf).fingerprint
 
 
 def embed_here(runtime: Runtime, paths: Mapping[str, Path]) -> Iterator[Embedded]:
     """One after the other, in this process."""
     for image_id, path in paths.items():
-        try:
-            vectors, numbers = runtime.embed_file(path)
-        except (RefSegError, OSError) as error:
-            yield Embedded(image_id, None, (), str(error))
-        else:
-            yield Embedded(image_id, vectors, tuple(numbers))
+        yield _embed(runtime, image_id, path)
 
 
 def embed_in_processes(
     settings: RefSegSettings, paths: Mapping[str, Path], workers: int
 ) -> Iterator[Embedded]:
-    """By processes of this machine. A worker that dies is replaced, and its images done again.
+    """By processes of this machine. A worker that dies is replaced.
+
+    Images are begun in their order, so that one of the first that are not back did it, if any did:
+    these are done again, each alone, and one that kills its worker then, too, is told as failed.
 
     Raises:
-        RequestError: workers died again and again.
+        RequestError: workers die without any image.
     """
     conf = as_conf(settings)
     left = dict(paths)
-    for attempt in range(RESTARTS + 1):
+    while left:
         try:
-            with ProcessPoolExecutor(
-                workers,
-                mp_context=get_context("spawn"),
-                initializer=_share_cores,
-                initargs=(max(1, (os.cpu_count() or 1) // workers),),
-            ) as pool:
+            with _processes(workers) as pool:
                 for found in _in_flight(
                     left, lambda image_id, path: pool.submit(embed_one, conf, image_id, path)
                 ):
                     left.pop(found.image_id, None)
                     yield found
-            return
         except BrokenProcessPool:
-            logger.warning("a worker died; %d images are left", len(left))
-            if attempt == RESTARTS:
-                msg = f"Workers died {RESTARTS + 1} times, perhaps for want of memory"
-                msg += f"; {len(left)} images are left. Try fewer --workers; what is done is kept."
-                raise RequestError(msg) from None
+            logger.warning("a worker died; %d images are left, some are done alone", len(left))
+            for found in _one_by_one(conf, dict(islice(left.items(), 2 * workers))):
+                left.pop(found.image_id, None)
+                yield found
+
+
+def _one_by_one(conf: Conf, paths: Mapping[str, Path]) -> Iterator[Embedded]:
+    """Each alone in a process, so that it is known which one kills it."""
+    pool: ProcessPoolExecutor | None = None
+    try:
+        for image_id, path in paths.items():
+            pool = pool or _sound_process(conf)
+            try:
+                found = pool.submit(embed_one, conf, image_id, str(path)).result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = None
+                found = Embedded(image_id, None, (), KILLER)
+            yield found
+    finally:
+        if pool is not None:
+            pool.shutdown()
+
+
+def _sound_process(conf: Conf) -> ProcessPoolExecutor:
+    """One process that has run the networks: what kills it from now on is the image."""
+    for _ in range(RESTARTS + 1):
+        pool = _processes(1)
+        try:
+            pool.submit(warm_up, conf).result()
+        except BrokenProcessPool:
+            pool.shutdown()
+        else:
+            return pool
+    msg = f"Workers died {RESTARTS + 1} times before they were given any image, perhaps for want of"
+    msg += " memory. Free some, or leave --workers out; what is done is kept."
+    raise RequestError(msg)
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=_share_cores,
+        initargs=(max(1, (os.cpu_count() or 1) // workers),),
+    )
 
 
 def embed_by_dask(
@@ -114,15 +147,16 @@ def embed_by_dask(
 ) -> Iterator[Embedded]:
     """By the workers of a Dask scheduler, on any machines that see the studies at the same paths.
 
-    Dask gives the images of a worker that dies to the others. Each worker needs this repository
-    on its path and the same weights; its fingerprint is compared with ours first.
+    Dask gives the images of a worker that dies to the others, until so many have died of one as it
+    allows; then that is told as failed. Each worker needs this repository on its path and the same
+    weights; its fingerprint is compared with ours first.
 
     Raises:
         RequestError: Dask is not installed, nobody answers, or the workers have other weights.
     """
     require_dask()
-    from distributed import Client
-    from distributed import as_completed as completed
+    from distributed import CancelledError, Client, wait
+    from distributed import TimeoutError as DaskTimeoutError  # not the built-in one on Python 3.10
 
     conf = as_conf(settings)
     with ExitStack() as stack:
@@ -131,26 +165,62 @@ def embed_by_dask(
         except (OSError, TimeoutError, ValueError) as error:
             msg = f"No Dask scheduler answers at {address}: {error}. Start one: dask scheduler."
             raise RequestError(msg) from error
-        client.wait_for_workers(1, timeout=60)
-        ours = fingerprint_of(conf)
-        theirs = client.run(fingerprint_of, conf)
-        other = sorted(worker for worker, mark in theirs.items() if mark != ours)
-        if other:
-            msg = f"Workers {', '.join(other)} have other networks ({theirs[other[0]]}, not {ours})"
-            msg += "; give all machines the same weights and options."
-            raise RequestError(msg)
+        _compare_networks(client, conf, address)
         waiting = iter(paths.items())
+        running: dict[Any, str] = {}
+        while True:
+            for image_id, path in islice(waiting, AT_ONCE - len(running)):
+                work = (embed_one, conf, image_id, str(path))
+                running[client.submit(*work, pure=False, retries=RESTARTS)] = image_id
+            if not running:
+                return
+            try:
+                done = wait(list(running), DASK_LOOK_S, return_when="FIRST_COMPLETED").done
+            except DaskTimeoutError:
+                if not client.scheduler_info()["workers"]:
+                    msg = f"No worker is left at {address}; their logs tell more. Start some, and"
+                    msg += " `embed` again: what is done is kept."
+                    raise RequestError(msg) from None
+                continue
+            except CancelledError as error:
+                msg = f"The Dask scheduler at {address} is gone. Start it and its workers, and"
+                msg += " `embed` again: what is done is kept."
+                raise RequestError(msg) from error
+            for future in done:
+                yield _answer_of(future, running.pop(future))
 
-        def submit(image_id: str, path: Path) -> Any:
-            return client.submit(embed_one, conf, image_id, str(path), pure=False, retries=RESTARTS)
 
-        first = [submit(*item) for item in islice(waiting, AT_ONCE)]
-        queue = completed(first, with_results=False)
-        for future in queue:
-            yield future.result()
-            following = next(waiting, None)
-            if following is not None:
-                queue.add(submit(*following))
+def _compare_networks(client: Any, conf: Conf, address: str) -> None:
+    from distributed import TimeoutError as DaskTimeoutError
+
+    ours = fingerprint_of(conf)
+    try:
+        client.wait_for_workers(1, timeout=60)
+        theirs = client.run(fingerprint_of, conf)
+    except DaskTimeoutError as error:
+        msg = f"No worker is at {address}. Start some: PYTHONPATH=. dask worker {address}."
+        raise RequestError(msg) from error
+    except Exception as error:  # of a worker, whatever it met
+        msg = f"The workers at {address} cannot load the networks: {type(error).__name__}: {error}."
+        msg += " Start them in this repository, with PYTHONPATH=. and the same weights."
+        raise RequestError(msg) from error
+    other = sorted(worker for worker, mark in theirs.items() if mark != ours)
+    if other:
+        msg = f"Workers {', '.join(other)} have other networks ({theirs[other[0]]}, not {ours})"
+        msg += "; give all machines the same weights and options."
+        raise RequestError(msg)
+
+
+def _answer_of(future: Any, image_id: str) -> Embedded:
+    """What a worker of Dask made of an image, or what it was that kept it from it."""
+    error = future.exception()
+    if error is None:
+        answer: Embedded = future.result()
+        return answer
+    reason = f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "KilledWorker":
+        reason = f"the workers that read it died, {error.allowed_failures + 1} of them; {reason}"
+    return Embedded(image_id, None, (), reason)
 
 
 def require_dask() -> None:
@@ -163,7 +233,7 @@ def require_dask() -> None:
         raise RequestError(NEEDS_DASK)
 
 
-def as_conf(settings: RefSegSettings) -> tuple[tuple[str, str], ...]:
+def as_conf(settings: RefSegSettings) -> Conf:
     """What a worker must know of the settings, as text: all that was set."""
     rows = []
     for name in sorted(settings.model_fields_set):
@@ -173,6 +243,24 @@ def as_conf(settings: RefSegSettings) -> tuple[tuple[str, str], ...]:
         text = ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
         rows.append((name, text))
     return tuple(rows)
+
+
+def _runtime(conf: Conf) -> Runtime:
+    if conf not in _runtimes:
+        settings = from_conf(dict(conf))
+        _runtimes[conf] = Runtime(settings, bank_root=Path.cwd(), studies="worker")
+    return _runtimes[conf]
+
+
+def _embed(runtime: Runtime, image_id: str, path: Path) -> Embedded:
+    try:
+        vectors, numbers = runtime.embed_file(path)
+    except (RefSegError, OSError) as error:
+        return Embedded(image_id, None, (), str(error))
+    except Exception as error:  # too large for the memory, or a decoder's own: one image of many
+        logger.exception("an image cannot be embedded")
+        return Embedded(image_id, None, (), f"{type(error).__name__}: {error}")
+    return Embedded(image_id, vectors, tuple(numbers))
 
 
 def _in_flight(

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -130,20 +129,6 @@ def test_dask_workers_share_the_work_and_one_may_die(studies: Path, tmp_path: Pa
         for one in running:
             one.kill()
             one.wait()
-
-
-def test_without_dask_an_address_is_answered_with_what_to_do(studies: Path, tmp_path: Path) -> None:
-    if shutil.which("dask") or _has_dask():
-        pytest.skip("Dask is installed here")
-    told = run("embed", "--studies", studies, "--bank", tmp_path / "b", "--address", "tcp://x:1")
-    assert told.returncode == 1
-    assert "requirements-distributed.txt" in " ".join(told.stderr.split())
-
-
-def _has_dask() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("distributed") is not None
 
 
 def test_review_lists_the_mask_that_cannot_be_right_first(studies: Path, tmp_path: Path) -> None:
