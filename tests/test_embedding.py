@@ -90,7 +90,6 @@ def test_what_an_image_meets_in_a_network_is_told_of_that_image(tmp_path: Path) 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Two workers of Dask that come back when they die."""
-    pytest.importorskip("distributed", reason="needs requirements-distributed.txt")
     import dask
     from distributed import LocalCluster
 

@@ -92,7 +92,6 @@ def rows_in(pool: Path) -> int:
 
 
 def test_dask_workers_share_the_work_and_one_may_die(studies: Path, tmp_path: Path) -> None:
-    pytest.importorskip("distributed", reason="needs requirements-distributed.txt")
     for seed in range(8, 60):
         write_picture(studies / f"picture_{seed}.png", seed)
     address_file = tmp_path / "scheduler.json"
