@@ -153,18 +153,26 @@ class LabelStore(TableStore):
         return int(self.get_label_info(image_id, tag)["version"])
 
     def add_image(self, image_id: str, image_filename: str, image_info: Mapping[str, Any]) -> str:
-        """Add an image, or put another in its place."""
+        """Add an image. One that is there stays as it is: to add the same again changes nothing.
+
+        Raises:
+            HTTPException: 409, another image has this id.
+        """
         extension = self._served_extension(image_filename)
         image_id = image_id or self._to_id(Path(image_filename).name)[0]
         _refuse_paths(image=image_id)
         target = Path(self._datastore.image_path(), self._filename(image_id, extension))
         with _staged(target, Path(image_filename)) as staged, self._table():
             info = {**(image_info or {}), "ts": int(time.time()), "name": target.name}
-            objects, before = self._datastore.objects, self._datastore.objects.get(image_id)
-            model = ImageLabelModel(image=DataModel(info=info, ext=extension))
-            model.labels.update(before.labels if before else {})
-            objects[image_id] = model
-            with self._staged_table(undo=lambda: _put_back_image(objects, image_id, before)):
+            objects = self._datastore.objects
+            present = objects.get(image_id)
+            if present is not None:  # whatever its ending
+                target = target.with_name(self._filename(image_id, present.image.ext))
+            if present is not None or target.exists():
+                _refuse_another(image_id, target, staged.sha256)
+                return image_id
+            objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=extension))
+            with self._staged_table(undo=lambda: objects.pop(image_id, None)):
                 publish(staged.file, target)
         logger.info("added image %s", image_id)
         return image_id
@@ -311,6 +319,16 @@ def _staged(target: Path, source: Path) -> Iterator[_Staged]:
         file.unlink(missing_ok=True)  # it is gone where it was renamed
 
 
+def _refuse_another(image_id: str, file: Path, sha256: str) -> None:
+    """Labels belong to an image: what is there is not replaced by what has its name."""
+    if not file.is_file() or digest_of(file) != sha256:
+        msg = (
+            f"There is another image {image_id} already: nothing was stored. Choose another "
+            "name, or delete the image first."
+        )
+        raise HTTPException(409, msg)
+
+
 def _refuse_paths(**named: str) -> None:
     for what, value in named.items():
         try:
@@ -324,12 +342,3 @@ def _put_back(image: ImageLabelModel | None, tag: str, before: DataModel | None)
         image.labels[tag] = before
     elif image is not None:
         image.labels.pop(tag, None)
-
-
-def _put_back_image(
-    objects: dict[str, ImageLabelModel], image_id: str, before: ImageLabelModel | None
-) -> None:
-    if before is not None:
-        objects[image_id] = before
-    else:
-        objects.pop(image_id, None)

@@ -172,6 +172,25 @@ def test_a_file_that_is_no_image_is_not_added(ending: str, studies: Path, tmp_pa
     assert (studies / TABLE).read_bytes() == table
 
 
+def test_an_image_that_is_there_is_not_replaced_by_another_of_its_name(
+    studies: Path, tmp_path: Path
+) -> None:
+    store = open_store(studies)
+    present = sorted(studies.glob("*.png"))[0]
+    before = present.read_bytes()
+    assert store.add_image(present.stem, str(present), {}) == present.stem  # the same again
+    with pytest.raises(HTTPException) as caught:
+        store.add_image(present.stem, str(label(tmp_path, 1)), {})
+    assert caught.value.status_code == 409
+    assert "nothing was stored" in caught.value.detail
+    assert present.read_bytes() == before
+    unseen = studies / "not looked at yet.png"
+    unseen.write_bytes(before)
+    with pytest.raises(HTTPException, match="another image"):
+        store.add_image(unseen.stem, str(label(tmp_path, 1)), {})
+    assert unseen.read_bytes() == before
+
+
 def test_an_image_that_is_a_link_is_unlinked_not_what_it_leads_to(
     studies: Path, tmp_path: Path
 ) -> None:
