@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 256  # images handed out and not yet back: what the queue holds is bounded
 RESTARTS = 3  # of a worker that dies without an image, before it is given up
 DASK_LOOK_S = 20.0  # without any answer, after which it is asked whether workers are left
+KEPT = "what is done is kept."
+WORKERS_DIED = "the workers that read it died"
 KILLER = "the process that read it died, alone as among others; it may be too large for the memory"
 NEEDS_DASK = (
     "--address needs Dask, which is not installed: pip install -r requirements-distributed.txt, "
@@ -129,7 +131,7 @@ def _sound_process(conf: Conf) -> ProcessPoolExecutor:
         else:
             return pool
     msg = f"Workers died {RESTARTS + 1} times before they were given any image, perhaps for want of"
-    msg += " memory. Free some, or leave --workers out; what is done is kept."
+    msg += f" memory. Free some, or leave --workers out; {KEPT}"
     raise RequestError(msg)
 
 
@@ -155,8 +157,7 @@ def embed_by_dask(
         RequestError: Dask is not installed, nobody answers, or the workers have other weights.
     """
     require_dask()
-    from distributed import CancelledError, Client, wait
-    from distributed import TimeoutError as DaskTimeoutError  # not the built-in one on Python 3.10
+    from distributed import Client
 
     conf = as_conf(settings)
     with ExitStack() as stack:
@@ -166,28 +167,46 @@ def embed_by_dask(
             msg = f"No Dask scheduler answers at {address}: {error}. Start one: dask scheduler."
             raise RequestError(msg) from error
         _compare_networks(client, conf, address)
-        waiting = iter(paths.items())
-        running: dict[Any, str] = {}
-        while True:
-            for image_id, path in islice(waiting, AT_ONCE - len(running)):
-                work = (embed_one, conf, image_id, str(path))
-                running[client.submit(*work, pure=False, retries=RESTARTS)] = image_id
-            if not running:
-                return
-            try:
-                done = wait(list(running), DASK_LOOK_S, return_when="FIRST_COMPLETED").done
-            except DaskTimeoutError:
-                if not client.scheduler_info()["workers"]:
-                    msg = f"No worker is left at {address}; their logs tell more. Start some, and"
-                    msg += " `embed` again: what is done is kept."
-                    raise RequestError(msg) from None
-                continue
-            except CancelledError as error:
-                msg = f"The Dask scheduler at {address} is gone. Start it and its workers, and"
-                msg += " `embed` again: what is done is kept."
-                raise RequestError(msg) from error
-            for future in done:
-                yield _answer_of(future, running.pop(future))
+        killed: dict[str, Embedded] = {}
+        for found in _ask_workers(client, address, conf, paths, AT_ONCE):
+            if found.error.startswith(WORKERS_DIED):
+                killed[found.image_id] = found
+            else:
+                yield found
+        if len(killed) < 2:
+            yield from killed.values()
+        else:  # Dask suspects what only waited at a worker that died, too
+            again = {image_id: paths[image_id] for image_id in killed}
+            yield from _ask_workers(client, address, conf, again, 1)
+
+
+def _ask_workers(
+    client: Any, address: str, conf: Conf, paths: Mapping[str, Path], at_once: int
+) -> Iterator[Embedded]:
+    """Hand images to the workers of Dask, so many at once."""
+    from distributed import CancelledError, wait
+    from distributed import TimeoutError as DaskTimeoutError  # not the built-in one on Python 3.10
+
+    waiting = iter(paths.items())
+    running: dict[Any, str] = {}
+    while True:
+        for image_id, path in islice(waiting, at_once - len(running)):
+            work = (embed_one, conf, image_id, str(path))
+            running[client.submit(*work, pure=False, retries=RESTARTS)] = image_id
+        if not running:
+            return
+        try:
+            done = wait(list(running), DASK_LOOK_S, return_when="FIRST_COMPLETED").done
+        except DaskTimeoutError:
+            if not client.scheduler_info()["workers"]:
+                msg = f"No worker is left at {address}; start some and `embed` again: {KEPT}"
+                raise RequestError(msg) from None
+            continue
+        except CancelledError as error:
+            msg = f"The scheduler at {address} is gone; start it and `embed` again: {KEPT}"
+            raise RequestError(msg) from error
+        for future in done:
+            yield _answer_of(future, running.pop(future))
 
 
 def _compare_networks(client: Any, conf: Conf, address: str) -> None:
@@ -215,11 +234,10 @@ def _answer_of(future: Any, image_id: str) -> Embedded:
     """What a worker of Dask made of an image, or what it was that kept it from it."""
     error = future.exception()
     if error is None:
-        answer: Embedded = future.result()
-        return answer
+        return future.result()  # type: ignore[no-any-return]
     reason = f"{type(error).__name__}: {error}"
     if type(error).__name__ == "KilledWorker":
-        reason = f"the workers that read it died, {error.allowed_failures + 1} of them; {reason}"
+        reason = f"{WORKERS_DIED}, {error.allowed_failures + 1} of them; {reason}"
     return Embedded(image_id, None, (), reason)
 
 
@@ -247,8 +265,7 @@ def as_conf(settings: RefSegSettings) -> Conf:
 
 def _runtime(conf: Conf) -> Runtime:
     if conf not in _runtimes:
-        settings = from_conf(dict(conf))
-        _runtimes[conf] = Runtime(settings, bank_root=Path.cwd(), studies="worker")
+        _runtimes[conf] = Runtime(from_conf(dict(conf)), bank_root=Path.cwd(), studies="worker")
     return _runtimes[conf]
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import lib.embedding
-from lib.embedding import KILLER, Embedded, embed_by_dask, embed_here, embed_in_processes
+from lib.embedding import (
+    KILLER,
+    WORKERS_DIED,
+    Embedded,
+    embed_by_dask,
+    embed_here,
+    embed_in_processes,
+)
 from lib.errors import RequestError
 from lib.settings import RefSegSettings
 
@@ -110,6 +117,24 @@ def test_dask_tells_of_an_image_that_kills_its_workers_and_of_one_that_cannot_be
     assert "workers that read it died, 2 of them" in found["killer"]
     assert found["odd"] == "RuntimeError: cannot allocate odd"
     assert not any(found[name] for name in names if name.startswith("image"))
+
+
+def test_an_image_that_only_waited_where_a_worker_died_is_not_blamed(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = lib.embedding._answer_of
+    suspected = {"image 1"}  # once, as Dask does with all that a worker was to do
+
+    def suspecting(future: object, image_id: str) -> Embedded:
+        if image_id in suspected:
+            suspected.remove(image_id)
+            return Embedded(image_id, None, (), f"{WORKERS_DIED}, 2 of them")
+        return answers(future, image_id)
+
+    monkeypatch.setattr(lib.embedding, "_answer_of", suspecting)
+    names = [*(f"image {n}" for n in range(4)), "killer"]
+    found = told(embed_by_dask(RefSegSettings(device="cpu"), paths(*names), cluster))
+    assert {name for name, error in found.items() if error} == {"killer"}
 
 
 def test_when_no_worker_of_dask_is_left_the_run_ends_with_a_sentence(
