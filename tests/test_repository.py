@@ -122,7 +122,8 @@ def test_make_serve_starts_the_server_that_protects() -> None:
         capture_output=True,
         text=True,
     )
-    command = shlex.split(done.stdout.replace("\\\n", " ").strip().splitlines()[-1])
+    lines = done.stdout.replace("\\\n", " ").splitlines()  # make in make tells of folders, too
+    command = shlex.split(next(line for line in lines if "main.py" in line))
     start = command.index("serve")
     assert command[start - 1] == "apps/refseg/main.py"
     assert command[start + 1 :] == [

@@ -34,4 +34,4 @@ def test_no_acknowledged_label_is_lost_when_the_server_is_killed(tmp_path: Path)
     done = run("faults.py", "--kills", "2", "--longest", "3", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 findings" in done.stdout
-    assert ", 0 labels" not in done.stdout
+    assert ", 0 submits" not in done.stdout

@@ -51,7 +51,9 @@ class Mask:
     Attributes:
         image_id: of which image.
         values: label -> its value in the map.
-        confidence: label -> expected Dice, 0..1.
+        confidence: label -> expected Dice, 0..1; of one that was not found the probability that it
+            is not there.
+        found: the labels that were found.
         references: what it came from, the nearest of each image first.
         generation: of the bank that it came from; -1 where that is not told.
         maker: names of the networks.
@@ -64,6 +66,7 @@ class Mask:
     image_id: str
     values: Mapping[str, int]
     confidence: Mapping[str, float]
+    found: frozenset[str]
     references: tuple[Used, ...]
     generation: int
     maker: str
@@ -127,11 +130,13 @@ class Masks:
 def _mask_of(image_id: str, file: Path, params: Mapping[str, Any], image: ImageVolume) -> Mask:
     values = {str(n): int(v) for n, v in dict(params.get("label_names") or {}).items() if v}
     label_map = read_label_map(file, image)
+    drawn = set(np.unique(label_map).tolist())
     told, bank = params.get("provenance") or {}, params.get("bank") or {}
     return Mask(
         image_id=image_id,
         values=values,
         confidence={str(n): float(v) for n, v in dict(params.get("confidence") or {}).items()},
+        found=frozenset(name for name, value in values.items() if value in drawn),
         references=_references(params.get("references") or {}),
         generation=int(bank.get("generation", -1)),
         maker=f"{params.get('segmenter', '')}, {params.get('embedder', '')}",
