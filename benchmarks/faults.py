@@ -57,7 +57,7 @@ class Client(threading.Thread):
             for image, done in self.acknowledged.items():
                 try:
                     if done and done[-1] != NOTHING and self._rng.random() < DELETED:
-                        self._delete(image)
+                        self._remove(image)
                     else:
                         self._submit(image)
                 except requests.RequestException:
@@ -81,7 +81,7 @@ class Client(threading.Thread):
             )
         self._note(image, digest, answer)
 
-    def _delete(self, image: str) -> None:
+    def _remove(self, image: str) -> None:
         self.under_way[image].add(NOTHING)
         query = {"id": image, "tag": "final"}
         url = f"{self._server.url}/datastore/label"
