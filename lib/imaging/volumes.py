@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lib.errors import ImageError
 from lib.imaging.dicom_series import dicom_volume
 from lib.imaging.geometry import Affine, Geometry
-from lib.imaging.room import free_bytes
+from lib.machine import free_bytes
 
 if TYPE_CHECKING:
     import SimpleITK

@@ -101,12 +101,18 @@ def test_studies_that_cannot_be_written_can_be_read(
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
 
 
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    """One image."""
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    picture(folder / "a.png", 0)
+    return folder
+
+
 def test_a_clock_that_jumps_back_mixes_up_no_versions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    picture(studies / "a.png", 0)
     store = open_store(studies, tmp_path)
     files = [picture(tmp_path / f"l{number}.png", number) for number in range(4)]
     now = time.time()
@@ -121,11 +127,8 @@ def test_a_clock_that_jumps_back_mixes_up_no_versions(
 
 
 def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    picture(studies / "a.png", 0)
     store = open_store(studies, tmp_path)
     before = (studies / "datastore_v2.json").read_bytes()
     monkeypatch.setattr(table, "LOCK_TIMEOUT_S", 0.2)
@@ -144,11 +147,8 @@ def test_a_table_that_another_process_holds_for_too_long_is_not_written_past_it(
 
 
 def test_a_large_label_is_copied_before_other_requests_have_to_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    picture(studies / "a.png", 0)
     store = open_store(studies, tmp_path)
     answered = []
     copy = label_store.stage_copy
@@ -167,11 +167,8 @@ def test_a_large_label_is_copied_before_other_requests_have_to_wait(
 
 
 def test_names_of_a_label_that_was_refused_are_not_given_to_the_one_that_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    picture(studies / "a.png", 0)
     store = open_store(studies, tmp_path)
     label = picture(tmp_path / "l.png", 1)
     store.save_label("a", str(label), "final", {"label_info": [{"name": "liver", "idx": 1}]})

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from lib.machine import is_running
 from lib.trainers.site.loop import LOG, PROGRESS
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def read_progress(folder: Path) -> TrainingProgress | None:
             best=float(told["best_metric"]),
             best_epoch=int(told.get("best_epoch", 0)),
             seconds=float(told["seconds"]),
-            running=bool(told["running"]) and psutil.pid_exists(int(told["pid"])),
+            running=bool(told["running"]) and is_running(int(told["pid"])),
         )
     except FileNotFoundError:
         return None

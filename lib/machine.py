@@ -1,0 +1,29 @@
+"""What this machine has left, and what runs on it."""
+
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")  # of version 2: what a container or a service may take
+
+
+def free_bytes() -> int:
+    """Bytes that this process may still take without pushing others out."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        taken = int((_CGROUP / "memory.current").read_text())
+        rows = (_CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return free
+    if not limit.isdecimal():  # "max"
+        return free
+    # files that were read count as taken, and are let go as soon as memory is wanted
+    parts = dict(row.split() for row in rows if len(row.split()) == 2)
+    cached = int(parts.get("inactive_file", 0)) + int(parts.get("active_file", 0))
+    return min(free, max(0, int(limit) - taken + cached))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number."""
+    return bool(psutil.pid_exists(pid))
