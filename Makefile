@@ -50,7 +50,8 @@ typecheck: setup ## mypy
 	$(BIN)/mypy
 
 test: setup lint typecheck ## set up, then style, types, import rules and tests
-	$(BIN)/python -m pytest
+	@# two processes, a module in one of them; a thread each, or four would share two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 $(VENV)/.demo: requirements-demo.txt $(VENV)/.ready
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --only-binary=:all: -r requirements-demo.txt

@@ -35,7 +35,7 @@ app.add_typer(weights_app, name="weights")
 app.add_typer(bank_app, name="bank")
 
 out = Console(soft_wrap=True)
-err = Console(stderr=True)
+err = Console(stderr=True, soft_wrap=True)
 
 Studies = Annotated[Path, typer.Option(help="Studies folder, as given to the server.")]
 BankRoot = Annotated[
