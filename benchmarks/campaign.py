@@ -1,10 +1,11 @@
 """Strategies compared on whole sets, by `simulate`: `--help` for options.
 
-Each set of the index is one campaign: all its images are the pool, 40 of them (all there are, where
-fewer), drawn once, are scored as long as they are not labelled; of volumes a few slices, evenly
-spread. Label maps are complete. Sets and repetitions are worked off in rounds, so that an early
-look has something of each; stop it and start it again at any time. What a strategy gains is told
-on the images that neither it nor random has labelled yet.
+Each set of the index is one campaign: its images are the pool, of which each repetition may label a
+part that is drawn anew; 40 of them (all there are, where fewer), drawn once, are scored as long as
+they are not labelled; of volumes a few slices, evenly spread. Label maps are complete. Sets and
+repetitions are worked off in rounds, so that an early look has something of each; stop it and start
+it again at any time. What a strategy gains is told on the images that neither it nor random has
+labelled yet.
 """
 
 import json
@@ -33,6 +34,7 @@ def main(
     strategy: Annotated[str, typer.Option(help="Rankings with commas.")] = STRATEGIES,
     budget: Annotated[str, typer.Option(help="Numbers of labels.")] = "1,2,5,10,20,50",
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = 10,
+    part: Annotated[float, typer.Option(help="Share that a repetition may label.")] = 0.6,
     targets: Annotated[int, typer.Option(help="Images scored, drawn once.")] = 40,
     slices: Annotated[int, typer.Option(help="Slices scored of a volume; 0: all.")] = 3,
     table: Annotated[bool, typer.Option("--table", help="Only show what there is.")] = False,
@@ -47,6 +49,7 @@ def main(
             command = [sys.executable, str(ROOT / "apps" / "refseg" / "main.py"), "simulate"]
             command += ["--studies", str(studies), "--out", str(out / name)]
             command += ["--strategy", strategy, "--budget", budget, "--seeds", str(repetitions)]
+            command += ["--part", str(part)]
             command += ["--limit-targets", str(targets), "--limit-slices", str(slices)]
             command += ["--conf", "annotation=complete"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

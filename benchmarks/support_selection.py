@@ -49,6 +49,12 @@ class ThumbnailEmbedder:
         wide = [image if image.ndim == 3 else image[..., None] for image in images]
         return np.stack([thumbnail((255 * image).astype(np.uint8)) for image in wide])
 
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        """See `Embedder.regions`."""
+        return self.embed(images, features)[:, None]
+
 
 class ChoosingBank(MemoryBank):
     """A bank that chooses references in another way than the product does."""

@@ -16,7 +16,7 @@ from typing import Any
 from lib.errors import RefSegError, RequestError
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings, from_conf
-from lib.types import FloatArray
+from lib.types import HalfArray
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class Embedded:
 
     Attributes:
         image_id: which.
-        vectors: (n, E) unit float32; None where the image cannot be read.
-        numbers: the slices' numbers.
+        vectors: (n, C) rows, see `Runtime.embed_file`; None where the image cannot be read.
+        numbers: of each row its slice's.
         error: a sentence; "" where all is well.
     """
 
     image_id: str
-    vectors: FloatArray | None
+    vectors: HalfArray | None
     numbers: tuple[int, ...]
     error: str = ""
 

@@ -12,9 +12,12 @@ import numpy as np
 from lib.errors import ImageError
 from lib.memory.pool import EmbeddingPool
 from lib.retrieval.poolview import PoolView
-from lib.types import FloatArray
+from lib.retrieval.regions import RegionBasis
+from lib.types import FloatArray, HalfArray
 
 logger = logging.getLogger(__name__)
+
+_SAMPLE = 1000  # images read at once, and those that the axes are taken from
 
 
 class Pool:
@@ -22,13 +25,14 @@ class Pool:
 
     Args:
         open_pool: opens what is stored; called once, when it is first needed.
-        embed: path of an image -> (n, E) unit vectors, and their slices' numbers.
+        embed: path of an image -> (n, C) rows of a slice or of its regions, and of each row its
+            slice's number.
     """
 
     def __init__(
         self,
         open_pool: Callable[[], EmbeddingPool],
-        embed: Callable[[Path], tuple[FloatArray, Sequence[int]]],
+        embed: Callable[[Path], tuple[HalfArray, Sequence[int]]],
     ) -> None:
         self._open_pool = open_pool
         self._embed_file = embed
@@ -107,8 +111,20 @@ class Pool:
         return [i for i in self.missing(paths) if self._stored.get(i, paths[i]) is None]
 
     def view(self, ids: Collection[str]) -> PoolView:
-        """What is stored of images, for a ranking."""
-        return PoolView.of(self._gather(sorted(ids)), self._stored.slice_numbers())
+        """What is stored of images, for a ranking: unit vectors of their regions."""
+        names = sorted(ids)
+        numbers = self._stored.slice_numbers()
+        some = self._gather(names[:: max(1, -(-len(names) // _SAMPLE))])
+        if not some:
+            return PoolView.of({})
+        first = next(iter(some))
+        regions = numbers[first].count(numbers[first][0])
+        basis = RegionBasis.of(np.concatenate(list(some.values())), regions)
+        vectors: dict[str, FloatArray] = {}
+        for start in range(0, len(names), _SAMPLE):  # what is stored is wider than what is seen
+            for name, rows in self._gather(names[start : start + _SAMPLE]).items():
+                vectors[name] = basis.apply(rows)
+        return PoolView.of(vectors, numbers, regions=regions)
 
     def _gather(self, ids: Sequence[str]) -> dict[str, FloatArray]:
         vectors, owners = self._stored.gather(ids)
@@ -159,7 +175,7 @@ class Pool:
             with self._lock:
                 self._thread = None
 
-    def keep(self, image_id: str, path: Path, vectors: FloatArray, numbers: Sequence[int]) -> None:
+    def keep(self, image_id: str, path: Path, vectors: HalfArray, numbers: Sequence[int]) -> None:
         """Store what another process computed.
 
         Raises:

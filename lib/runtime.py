@@ -12,7 +12,6 @@ import numpy as np
 
 from lib.errors import RefSegError
 from lib.imaging.io import read_image
-from lib.imaging.slices import through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.memory.packing import LAYOUT
 from lib.memory.pool import EmbeddingPool
@@ -23,7 +22,7 @@ from lib.pool import Pool
 from lib.segmentation import Options
 from lib.segmenter import Progress, ReferenceEngine
 from lib.settings import RefSegSettings
-from lib.types import FloatArray, LabelledImage, Reference
+from lib.types import HalfArray, LabelledImage, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -183,18 +182,15 @@ class Runtime:
     def _open_pool(self) -> EmbeddingPool:
         return EmbeddingPool(self.folder, self.fingerprint)
 
-    def embed_file(self, path: Path) -> tuple[FloatArray, list[int]]:
-        """Embeddings (n, E) of an image for the pool, and the numbers of their slices.
+    def embed_file(self, path: Path) -> tuple[HalfArray, list[int]]:
+        """What the pool keeps of an image: a row (C,) a region, and the number of its slice.
 
         Raises:
             ImageError: it cannot be read.
         """
-        image = read_image(path)
-        vectors = self.engine.embed_image(image)
-        depth = image.voxels.shape[through_plane_axis(image, self.settings.axis_index)]
-        # the same as in `embed_image`: inner slices, evenly spread
-        numbers = [int((n + 0.5) * depth / len(vectors)) for n in range(len(vectors))]
-        return vectors, numbers
+        regions, numbers = self.engine.regions_of(read_image(path))
+        rows = regions.reshape(-1, regions.shape[-1]).astype(np.float16)
+        return rows, [number for number in numbers for _ in range(regions.shape[1])]
 
     def sync(self, list_labels: ListLabels) -> tuple[list[LabelledImage], SyncReport]:
         """Bring the bank up to date with the datastore; waits for one that runs already.

@@ -134,12 +134,16 @@ class ReferenceEngine:
             if on_progress is not None:
                 on_progress(annotation.slices.index(chunk[-1]) + 1, len(annotation.slices))
 
-    def embed_image(self, image: ImageVolume) -> FloatArray:
-        """Embed a few inner slices, evenly spread -> (M, E) unit float32, M <= POOL_SLICES."""
+    def regions_of(self, image: ImageVolume) -> tuple[FloatArray, list[int]]:
+        """Regions of a few inner slices, evenly spread -> (M, R, C) and the slices' numbers.
+
+        M <= POOL_SLICES.
+        """
         pictures = cut(image, through_plane_axis(image, self._axis), self._window)
         count = min(POOL_SLICES, len(pictures))
         indices = [int((n + 0.5) * len(pictures) / count) for n in range(count)]
-        return self._encode_and_embed([pictures[index] for index in indices])[1]
+        chosen = [pictures[index] for index in indices]
+        return self.embedder.regions(chosen, self.segmenter.encode(chosen)), indices
 
     def study(self, bank: MemoryBank) -> Study:
         """What the bank's labels say of how to segment; learned anew when they have changed."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
 IntArray = npt.NDArray[np.int32]
 
 

@@ -10,7 +10,7 @@ import pytest
 from lib.errors import ImageError
 from lib.memory.pool import EmbeddingPool
 from lib.pool import Pool
-from lib.types import FloatArray
+from lib.types import FloatArray, HalfArray
 
 
 class Encoder:
@@ -69,6 +69,32 @@ def test_a_view_knows_the_slices_of_what_is_stored(pool: Pool, paths: dict[str, 
     assert view.starts.tolist() == [0, 2, 7]
     new = paths["image 1"].with_name("new.png")
     assert "new" in pool.missing({**paths, "new": new})
+
+
+def test_a_view_sees_regions_where_slices_have_several_rows(
+    tmp_path: Path, paths: dict[str, Path]
+) -> None:
+    rng = np.random.default_rng(0)
+    stored = {path: rng.uniform(2, 3, (2, 16, 40)).astype(np.float16) for path in paths.values()}
+
+    def regions_of(path: Path) -> tuple[HalfArray, list[int]]:
+        return stored[path].reshape(32, 40), [4] * 16 + [9] * 16
+
+    pool = Pool(lambda: EmbeddingPool(tmp_path / "bank", "regions"), regions_of)
+    pool.advance(paths, seconds=60)
+    view = pool.view(list(paths))
+    assert view.regions == 16
+    assert view.slices.tolist() == ([4] * 16 + [9] * 16) * 6
+    assert view.vectors.shape == (6 * 32, 36)
+    np.testing.assert_allclose(np.linalg.norm(view.vectors, axis=1), 1, atol=1e-5)
+    alike = view.vectors @ view.vectors.T
+    assert alike[~np.eye(len(alike), dtype=bool)].max() < 0.98
+    assert np.median(np.abs(alike)) < 0.9  # though what is stored is all alike
+    raw = np.concatenate([one.reshape(32, 40) for one in stored.values()]).astype(np.float32)
+    raw /= np.linalg.norm(raw, axis=1, keepdims=True)
+    assert np.median(raw @ raw.T) > 0.98
+    again = pool.view(list(paths)[:3]).part(list(paths))
+    assert again.ids == tuple(list(paths)[:3])
 
 
 def test_there_may_be_no_images(pool: Pool) -> None:

@@ -12,6 +12,7 @@ from lib.annotation import put_back, read_annotation
 from lib.confidence.calibration import Calibration
 from lib.errors import RequestError
 from lib.imaging.io import ImageVolume, read_image
+from lib.imaging.slices import cut, through_plane_axis
 from lib.memory.bank import MemoryBank
 from lib.models.protocol import AS_TRAINED
 from lib.segmentation import Options, Segmentation
@@ -82,6 +83,11 @@ class Thumbnail:
     ) -> FloatArray:
         vectors = np.stack([image.reshape(-1) - image.mean() + 1e-3 for image in images])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        return self.embed(images, features)[:, None]
 
 
 @pytest.fixture
@@ -321,10 +327,14 @@ def test_progress_reaches_the_end_once_for_each_batch(studio: Studio) -> None:
     assert seen == [(4, 6), (6, 6)]
 
 
-def test_a_pool_embedding_is_of_inner_slices(studio: Studio) -> None:
-    vectors = studio.engine.embed_image(read_image(studio.image("query")))
-    assert vectors.shape == (5, SIZE * SIZE)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+def test_the_pool_sees_an_image_by_inner_slices(studio: Studio) -> None:
+    image = read_image(studio.image("query"))
+    rows, numbers = studio.engine.regions_of(image)
+    assert rows.shape == (5, 1, SIZE * SIZE)
+    pictures = cut(image, through_plane_axis(image))
+    assert numbers == [int((n + 0.5) * len(pictures) / 5) for n in range(5)]
+    wanted = Thumbnail().embed([pictures[number] for number in numbers])
+    np.testing.assert_allclose(rows[:, 0], wanted, atol=1e-5)
 
 
 class Surveyor(Averager):

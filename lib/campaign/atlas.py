@@ -60,6 +60,7 @@ def survey(
         risk: see `Ranking.set_risk`.
     """
     ranking = make_ranking(strategy, pool, seed)
+    pool = pool.whole()  # a map of pictures
     if risk is not None:
         ranking.set_risk(risk)
     ranking.add_labelled(sorted({*labelled, *held}))

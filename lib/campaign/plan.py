@@ -11,7 +11,8 @@ from lib.errors import RequestError
 from lib.retrieval.ranking import NAMES
 from lib.types import LabelledImage
 
-VERSION = 3  # counted up whenever the figures of a campaign would come out otherwise
+VERSION = 4  # counted up whenever the figures of a campaign would come out otherwise
+_OF_PARTS = 1  # so that a part and a strategy of the same seed are drawn apart
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Plan:
         targets: ids of the images that are scored as long as they are not labelled.
         labels: names that are scored.
         slices: at most so many slices of a target are scored, evenly spread; 0: all.
+        part: share of the images that each repetition may label, drawn by its seed.
         tolerance_mm: of the surface Dice.
         source: digest of all else that the figures depend on: files, networks, options.
     """
@@ -35,6 +37,7 @@ class Plan:
     targets: tuple[str, ...]
     labels: tuple[str, ...]
     slices: int
+    part: float
     tolerance_mm: float
     source: str
 
@@ -50,6 +53,7 @@ class Plan:
             self.targets,
             self.labels,
             self.slices,
+            self.part,
             self.tolerance_mm,
             self.source,
         )
@@ -69,8 +73,8 @@ def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def check_budgets(wanted: Sequence[int], images: int) -> tuple[int, ...]:
-    """Rising numbers of labels that leave at least one image to score.
+def check_budgets(wanted: Sequence[int], images: int, part: float = 1.0) -> tuple[int, ...]:
+    """Rising numbers of labels that a repetition has, and that leave at least one image to score.
 
     Raises:
         RequestError: none is left, or one is below 1.
@@ -78,12 +82,30 @@ def check_budgets(wanted: Sequence[int], images: int) -> tuple[int, ...]:
     if not wanted or min(wanted) < 1:
         msg = f"budgets {list(wanted)}: give numbers of labelled images from 1, such as 1,2,5,10."
         raise RequestError(msg)
-    fitting = tuple(sorted({number for number in wanted if number < images}))
+    most = min(images - 1, size_of_part(images, part))
+    fitting = tuple(sorted({number for number in wanted if number <= most}))
     if not fitting:
         msg = f"{images} labelled images are too few: the smallest budget is {min(wanted)}, and "
-        msg += "at least one image must be left to be scored."
+        msg += f"a repetition may label {most}, so that at least one is left to be scored."
         raise RequestError(msg)
     return fitting
+
+
+def size_of_part(images: int, part: float) -> int:
+    """How many of so many images a repetition may label: all, or their share, one at least."""
+    return max(1, round(part * images))
+
+
+def draw_part(images: Sequence[str], part: float, seed: int) -> tuple[str, ...]:
+    """The images that a repetition may label, the same for all strategies.
+
+    A strategy that owes nothing to chance has one path through one pool, and luck with its first
+    image would be told as skill: each repetition has a pool of its own.
+    """
+    ids = sorted(images)
+    count = size_of_part(len(ids), part)
+    chosen = np.random.default_rng((seed, _OF_PARTS)).choice(len(ids), count, replace=False)
+    return tuple(ids[row] for row in sorted(chosen))
 
 
 def draw_targets(images: Sequence[str], limit: int, *, seed: int = 0) -> tuple[str, ...]:

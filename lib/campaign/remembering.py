@@ -182,6 +182,12 @@ class RememberingEmbedder:
             return self._embedder.embed(images, features)
         return np.stack([self._vectors[mark] for mark in marks])
 
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        """See `Embedder.regions`; asked for once an image, whose rows the pool keeps."""
+        return self._embedder.regions(images, features)
+
 
 def digest_of(image: FloatArray) -> bytes:
     """What tells one picture from another: its shape and its pixels."""

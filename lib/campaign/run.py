@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lib.campaign.journal import Journal, Outcome, Seconds
-from lib.campaign.plan import Plan
+from lib.campaign.plan import Plan, draw_part
 from lib.campaign.replay import Replay
 from lib.campaign.scoring import CaseScore, score_case
 from lib.retrieval.ranking import PoolView, Proposal, Ranking, make_ranking
@@ -56,12 +56,13 @@ def play(plan: Plan, replay: Replay, pool: PoolView, journal: Journal, *, advanc
     """
     weights = replay.foreground() if "foreground" in plan.strategies else {}
     for seed in range(plan.seeds):
+        part = pool.part(draw_part(pool.ids, plan.part, seed))
         for strategy in plan.strategies:
             places = [(strategy, seed, budget) for budget in plan.budgets]
             if all(place in journal.outcomes for place in places):
                 advance(len(places) * len(plan.targets))
                 continue
-            ranking = make_ranking(strategy, pool, seed, foreground=weights)
+            ranking = make_ranking(strategy, part, seed, foreground=weights)
             _one_campaign(plan, replay, journal, ranking, places, advance)
 
 

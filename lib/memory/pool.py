@@ -37,7 +37,7 @@ _AT_ONCE = 500
 
 
 class EmbeddingPool:
-    """Embeddings (n, E) per image file; safe for threads and processes.
+    """Rows (n, C) per image file, of its slices or of their regions; for threads and processes.
 
     A row counts as long as its file looks the same (size, times, inode) or, failing that, has the
     same bytes. A damaged file is put aside and starts empty.
@@ -48,7 +48,7 @@ class EmbeddingPool:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        path = fingerprint_folder(Path(folder), fingerprint) / "embeddings.sqlite"
+        path = fingerprint_folder(Path(folder), fingerprint) / "regions.sqlite"
         self._catalogue = Catalogue(path, _SCHEMA, fingerprint)
 
     def get(self, image_id: str, path: Path) -> FloatArray | None:
@@ -95,8 +95,8 @@ class EmbeddingPool:
         Args:
             image_id: its id.
             path: its file or folder.
-            array: one row per slice.
-            numbers: the n slices' numbers in their volume; 0, 1, ... where none are given.
+            array: rows of a slice side by side.
+            numbers: of each row the slice's number in its volume; 0, 1, ... where none are given.
 
         Raises:
             OSError: the image is not there any more.

@@ -100,6 +100,12 @@ class TransformersEmbedder:
         vectors: FloatArray = torch.cat(parts).numpy()
         return vectors
 
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        """See `Embedder.regions`: whole pictures, (N, 1, E)."""
+        return self.embed(images, features)[:, None]
+
     @property
     def _width(self) -> int:
         """E, the length of an embedding."""

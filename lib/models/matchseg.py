@@ -22,6 +22,7 @@ from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
 BUNDLED = Path(__file__).parent / "bundled" / "matchseg.safetensors"
 THUMBNAIL = 16  # side of the small grey picture in the embedding
 THUMBNAIL_WEIGHT = 0.7
+REGIONS = 4  # to a side, of a picture in the pool; 8 choose little better, at four times the size
 ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
@@ -292,6 +293,16 @@ class BundledEmbedder:
             features = self._segmenter.encode(images)
         vectors = [f.embedding for f in features if f.embedding is not None]
         return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        """See `Embedder.regions`: mean descriptors, (N, REGIONS^2, C)."""
+        if features is None or any(f.owner != self._segmenter.fingerprint for f in features):
+            features = self._segmenter.encode(images)
+        maps = torch.stack([f.maps[0].float().cpu() for f in features])
+        rows: FloatArray = F.adaptive_avg_pool2d(maps, REGIONS).flatten(2).mT.numpy()
+        return rows
 
 
 def _distance(similarity: Tensor) -> float:

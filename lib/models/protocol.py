@@ -78,3 +78,12 @@ class Embedder(Protocol):
         embedder that is the segmenter's own encoder takes the vector from there.
         """
         ...
+
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        """What lies where in each picture -> (N, R, C), for choosing the next image.
+
+        R is a square number of regions, row by row over the picture, or 1: `embed` of the whole.
+        """
+        ...

@@ -32,7 +32,8 @@ _LOOK_GROWTH = 2
 _GAIN_DECIMALS = 6  # below, differences are rounding of the matrix product, hence ties
 _WIDTH_SAMPLE = 1024
 _SAME = 1e-4  # 1 - cos of what is the same picture
-_NEAR = 0.5  # of the kernel, for what a person is told
+_SHARP = 0.25  # of that width: as wide, the first images were typical of nothing in particular
+_PART = 0.25  # of an image must be nearer to be told as covered better
 SLICES_TOLD = 3
 
 Floats = npt.NDArray[np.float64]
@@ -71,12 +72,13 @@ class Herding:
             its risk. The share is the coverage by a kernel of the width at the start, so nothing
             is to be set.
         kernel: "smooth", exp(-(1 - cos) / width), or "ball", 1 where 1 - cos <= width.
-        width: of the kernel; None takes it from the data: the median of 1 - cos from a slice to
-            the nearest labelled one (without labels: between slices of different images), in steps
-            of the square root of two. So the kernel narrows as labels grow.
-        max_targets: coverage is measured on at most so many slices, a random sample of more. (The
+        width: of the kernel; None takes it from the data: a quarter of the median of 1 - cos from
+            a region to the nearest labelled one (without labels: between different images), in
+            steps of the square root of two. So the kernel narrows as labels grow. (On ten sets an
+            eighth chose as well, all of it worse: `benchmarks/first_image.py`.)
+        max_targets: coverage is measured on at most so many rows, a random sample of more. (The
             error of a mean of 2,048 is below 1 %.)
-        max_candidates: images with together about so many slices compete, a random sample of more.
+        max_candidates: images with together about so many rows compete, a random sample of more.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Herding:
         kernel: Literal["smooth", "ball"] = "smooth",
         width: float | None = None,
         max_targets: int = 2048,
-        max_candidates: int = 20_000,
+        max_candidates: int = 32_768,
     ) -> None:
         self._pool = pool
         self._seed = seed
@@ -111,7 +113,7 @@ class Herding:
         centers = Centers(pool, self._targets, labels)
         self._state = _State(
             centers=centers,
-            width=self._first_width,
+            width=self._first_width if width is not None else _step(_SHARP * self._first_width),
             weights=np.ones(len(rows)),
             covered=np.zeros_like(centers.nearest),
             bounds=np.full(len(pool), np.inf),
@@ -184,7 +186,8 @@ class Herding:
         nearest = self._state.centers.nearest
         distances = 1 - nearest[np.isfinite(nearest)]
         distances = distances[distances > _SAME]  # the labelled ones themselves
-        return _step(float(np.median(distances))) if len(distances) else self._first_width
+        wide = float(np.median(distances)) if len(distances) else self._first_width
+        return _step(_SHARP * wide)
 
     def _kernel(self, cosines: FloatArray, width: float) -> FloatArray:
         if self._ball:
@@ -272,7 +275,9 @@ class Herding:
         counts = np.diff(self._pool.starts)[images]
         rows = self._pool.rows(images)
         cosines = self._pool.vectors[rows] @ self._targets.T
-        if len(rows) > len(images):
+        if (counts == counts[0]).all():  # several times as fast
+            cosines = cosines.reshape(len(images), int(counts[0]), -1).max(axis=1)
+        else:
             cosines = np.maximum.reduceat(cosines, np.cumsum(counts) - counts, axis=0)
         return self._kernel(cosines, self._state.width)
 
@@ -298,20 +303,23 @@ class Herding:
     def _reason(self, image: int) -> str:
         state = self._state
         own = self._pool.vectors[self._pool.starts[image] : self._pool.starts[image + 1]]
-        near = self._kernel((own @ self._targets.T).max(axis=0), state.width) >= _NEAR
         lacking = state.centers.lacking()[:, image]
-        alone = state.covered[lacking].min(axis=0) < _NEAR
-        seen = len(np.unique(self._owners))
-        count = len(np.unique(self._owners[near & alone & (self._owners != image)]))
-        about = "" if seen == len(self._pool) else "about "
-        number = round(count * len(self._pool) / max(1, seen))
-        images = f"{about}{number} image{'' if number == 1 else 's'}"
         if not state.centers.labelled:
-            reason = f"stands for {images} of {len(self._pool)}; no label is there yet"
-        elif count:
-            reason = f"covers {images} that no label is near"
+            reason = f"the most typical of {len(self._pool)} images; no label is there yet"
         else:
-            reason = "all images have a label near; this one adds most to how near"
+            near = (own @ self._targets.T).max(axis=0)
+            nearer = near > state.centers.nearest[lacking].min(axis=0) + _SAME
+            shares = np.bincount(self._owners, nearer, len(self._pool))
+            seen = np.bincount(self._owners, minlength=len(self._pool))
+            better = (shares >= _PART * seen) & (seen > 0)
+            better[image] = False
+            known = int((seen > 0).sum())
+            about = "" if known == len(self._pool) else "about "
+            number = round(int(better.sum()) * len(self._pool) / max(1, known))
+            images = f"{about}{number} image{'' if number == 1 else 's'}"
+            reason = f"covers parts of {images} that no label is as near to"
+            if not number:
+                reason = "all images have a label near; this one adds most to how near"
         if not lacking.all():
             reason += "; it is labelled in part"
         risk = self._risk.get(self._pool.ids[image])
@@ -321,9 +329,12 @@ class Herding:
         """The image's own slices, greedily by the coverage that they add."""
         state = self._state
         start, stop = self._pool.starts[image], self._pool.starts[image + 1]
-        kernels = self._kernel(self._pool.vectors[start:stop] @ self._targets.T, state.width)
+        cosines = self._pool.vectors[start:stop] @ self._targets.T
+        cosines = cosines.reshape(-1, self._pool.regions, cosines.shape[1]).max(axis=1)
+        kernels = self._kernel(cosines, state.width)
+        numbers = self._pool.slices[start : stop : self._pool.regions]
         covered = state.covered[state.centers.lacking()[:, image]].min(axis=0)
-        left = list(range(stop - start))
+        left = list(range(len(kernels)))
         told: list[int] = []
         while left and len(told) < SLICES_TOLD:
             gains = np.round(
@@ -332,7 +343,7 @@ class Herding:
             )
             best = left.pop(int(np.argmax(gains)))
             covered = np.maximum(covered, kernels[best])
-            told.append(int(self._pool.slices[start + best]))
+            told.append(int(numbers[best]))
         return tuple(told)
 
 

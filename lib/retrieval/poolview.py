@@ -16,27 +16,32 @@ class PoolView:
 
     Attributes:
         ids: M image ids, sorted.
-        vectors: (N, E) unit float32, one row per slice.
+        vectors: (N, E) unit float32, one row per slice, or one for each of its regions.
         starts: (M + 1,) image m has the rows `starts[m]:starts[m + 1]`, at least one.
         slices: (N,) the number of each row's slice in its volume.
+        regions: rows per slice.
     """
 
     ids: tuple[str, ...]
     vectors: FloatArray
     starts: npt.NDArray[np.int64]
     slices: npt.NDArray[np.int64]
+    regions: int = 1
 
     @classmethod
     def of(
         cls,
         embeddings: Mapping[str, FloatArray],
         slices: Mapping[str, Sequence[int]] | None = None,
+        *,
+        regions: int = 1,
     ) -> "PoolView":
         """Lay out the embeddings (n, E) of each image.
 
         Args:
             embeddings: image id -> (n, E) unit vectors; images without rows are left out.
             slices: image id -> n slice numbers; 0, 1, ... of an image that is not in it.
+            regions: rows per slice, a divisor of each n.
         """
         ids = tuple(sorted(name for name, rows in embeddings.items() if len(rows)))
         counts = [len(embeddings[name]) for name in ids]
@@ -56,6 +61,33 @@ class PoolView:
             vectors=np.ascontiguousarray(vectors, dtype=np.float32),
             starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             slices=np.array([n for own in numbers for n in own], dtype=np.int64),
+            regions=regions,
+        )
+
+    def whole(self) -> "PoolView":
+        """The same with one row per slice, the mean of its regions: for what compares pictures."""
+        if self.regions == 1:
+            return self
+        means = self.vectors.reshape(-1, self.regions, self.vectors.shape[1]).mean(axis=1)
+        lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        return PoolView(
+            ids=self.ids,
+            vectors=(means / lengths).astype(np.float32),
+            starts=self.starts // self.regions,
+            slices=self.slices[:: self.regions],
+        )
+
+    def part(self, ids: Collection[str]) -> "PoolView":
+        """The same of some images only; ids that are not there are passed over."""
+        wanted = set(ids)
+        kept = np.array([m for m, name in enumerate(self.ids) if name in wanted], dtype=np.int64)
+        rows = self.rows(kept)
+        return PoolView(
+            ids=tuple(self.ids[m] for m in kept),
+            vectors=self.vectors[rows],
+            starts=np.concatenate([[0], np.cumsum(np.diff(self.starts)[kept])]).astype(np.int64),
+            slices=self.slices[rows],
+            regions=self.regions,
         )
 
     def __len__(self) -> int:

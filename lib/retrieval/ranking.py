@@ -73,6 +73,11 @@ def make_ranking(
         return peers.random(pool, seed, labels)
     if name == "foreground":
         return peers.foreground_random(pool, seed, foreground or {}, labels)
+    if name == "coverage":
+        return Herding(pool, seed, labels=labels)
+    if name == "refseg":
+        return Herding(pool, seed, labels=labels, weighting="risk")
+    pool = pool.whole()  # the others compare pictures, as their papers do
     if name == "kcenter":
         return Farthest(pool, seed, labels)
     if name == "uncertainty":
@@ -82,9 +87,5 @@ def make_ranking(
     if name == "probcover":
         radius = pure_radius(pool, seed)
         return Herding(pool, seed, labels=labels, kernel="ball", width=radius)
-    if name == "coverage":
-        return Herding(pool, seed, labels=labels)
-    if name == "refseg":
-        return Herding(pool, seed, labels=labels, weighting="risk")
     msg = f"ranking {name!r} is unknown; there are {', '.join(NAMES)}."
     raise ValueError(msg)

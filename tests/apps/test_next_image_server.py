@@ -77,8 +77,8 @@ def test_two_clients_that_alternate_are_never_given_the_same(
             done.remove(gone)
             deleted.add(gone)
     assert labelled(server) == done
-    assert reasons[0].startswith("stands for")
-    assert any("no label is near" in reason for reason in reasons)
+    assert reasons[0].startswith("the most typical of")
+    assert any("no label is as near to" in reason for reason in reasons)
     # until nothing is left: all that is neither labelled nor on a screen comes, the deleted too
     left: set[str] = set()
     third = MONAILabelClient(server.url, str(tmp_path), client_id="three")

@@ -63,7 +63,7 @@ def test_a_worker_that_is_killed_is_replaced(studies: Path, tmp_path: Path) -> N
     deadline = time.monotonic() + PATIENCE_S
     killed = False
     while process.poll() is None and not killed and time.monotonic() < deadline:
-        pool = pool or next((tmp_path / "bank").rglob("embeddings.sqlite"), None)
+        pool = pool or next((tmp_path / "bank").rglob("regions.sqlite"), None)
         workers = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
@@ -115,7 +115,7 @@ def test_dask_workers_share_the_work_and_one_may_die(studies: Path, tmp_path: Pa
         process = subprocess.Popen(command(*words, "--json"), stdout=subprocess.PIPE, text=True)
         pool = None
         while process.poll() is None and time.monotonic() < deadline:
-            pool = pool or next((tmp_path / "bank").rglob("embeddings.sqlite"), None)
+            pool = pool or next((tmp_path / "bank").rglob("regions.sqlite"), None)
             if pool is not None and rows_in(pool) >= 2:
                 running[1].kill()
                 break

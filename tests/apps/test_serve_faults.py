@@ -111,7 +111,7 @@ def scribble(path: Path) -> None:
     ("pattern", "line"),
     [
         ("catalogue.sqlite", "catalogue.sqlite is damaged"),
-        ("embeddings.sqlite", "embeddings.sqlite is damaged"),
+        ("regions.sqlite", "regions.sqlite is damaged"),
         ("leases.sqlite", "leases.sqlite is damaged"),
     ],
 )

@@ -91,6 +91,11 @@ class Thumbnail:
         vectors = np.stack([image.reshape(-1) - image.mean() + 1e-3 for image in images])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
+    def regions(
+        self, images: Sequence[FloatArray], features: Sequence[Features] | None = None
+    ) -> FloatArray:
+        return self.embed(images, features)[:, None]
+
 
 def runtime_of(folder: Path, work: Path, *, k: int = 3) -> tuple[CampaignRuntime, Averager]:
     """The app's runtime over the averager instead of a trained network."""

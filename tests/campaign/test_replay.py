@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from lib.campaign.journal import Journal
-from lib.campaign.plan import Plan, check_budgets, check_strategies, draw_targets, source_of
+from lib.campaign.plan import (
+    Plan,
+    check_budgets,
+    check_strategies,
+    draw_part,
+    draw_targets,
+    source_of,
+)
 from lib.campaign.remembering import RememberingSegmenter
 from lib.campaign.replay import Replay, inner_slices, thinned
 from lib.campaign.run import play, seconds_at_most, steps
@@ -48,6 +55,7 @@ class Folder:
             targets=draw_targets(list(replay.labelled), 6),
             labels=replay.names,
             slices=0,
+            part=1.0,
             tolerance_mm=2.0,
             source=source_of(self.labelled, runtime.fingerprint),
         )
@@ -214,6 +222,27 @@ def test_targets_are_the_same_for_all_and_budgets_leave_one_to_score() -> None:
         check_budgets([0, 5], 20)
     with pytest.raises(RequestError, match="luck"):
         check_strategies(["random", "luck"])
+
+
+def test_a_repetition_labels_its_own_part_only_and_all_strategies_the_same(folder: Folder) -> None:
+    replay, plan, _, _, _ = folder.start()
+    plan = replace(plan, part=0.6, seeds=6, strategies=("random", "coverage"))
+    pool = replay.prepare(lambda: None)
+    journal = Journal(folder.journal_path, plan.protocol)
+    play(plan, replay, pool, journal, advance=lambda _: None)
+    assert len(journal.outcomes) == 6 * 2 * len(BUDGETS)
+    for (_, seed, budget), outcome in journal.outcomes.items():
+        part = draw_part(pool.ids, 0.6, seed)
+        assert len(part) == round(0.6 * len(pool))
+        assert len(outcome.picked) == budget
+        assert set(outcome.picked) <= set(part)
+        assert {case.image_id for case in outcome.cases} == set(plan.targets) - set(outcome.picked)
+    firsts = {journal.outcomes["coverage", seed, BUDGETS[0]].picked for seed in range(6)}
+    assert len(firsts) > 1  # so that what owes nothing to chance has a spread, too
+    assert plan.protocol != replace(plan, part=0.7).protocol
+    assert check_budgets([1, 5, 6, 7], 10, 0.6) == (1, 5, 6)
+    with pytest.raises(RequestError, match="may label 6"):
+        check_budgets([7], 10, 0.6)
 
 
 def test_thinned_volumes_show_the_same_pictures() -> None:

@@ -87,7 +87,7 @@ def test_other_types_are_refused(pool, image):
 def test_a_damaged_file_starts_empty_and_another_fingerprint_is_another_pool(tmp_path, pool, image):
     pool.put("scan", image, VECTORS)
     assert EmbeddingPool(tmp_path / "bank", "dino base").get("scan", image) is None
-    (file,) = (tmp_path / "bank").glob("dino-small*/embeddings.sqlite")
+    (file,) = (tmp_path / "bank").glob("dino-small*/regions.sqlite")
     file.write_bytes(b"garbage" * 1000)
     assert pool.get("scan", image) is None
     pool.put("scan", image, VECTORS)

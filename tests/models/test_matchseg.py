@@ -8,6 +8,7 @@ import torch
 
 from lib.errors import RefSegError, WeightsError
 from lib.models.matchseg import (
+    REGIONS,
     BundledEmbedder,
     MatchSegSegmenter,
     load_weights,
@@ -198,6 +199,21 @@ def test_embedding_is_a_unit_vector_taken_from_the_features(segmenter, pictures)
     vectors = embedder.embed(pictures, features)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(vectors, embedder.embed(pictures), atol=1e-5)
+
+
+def test_regions_are_means_of_the_descriptors_row_by_row(segmenter, pictures) -> None:
+    embedder = BundledEmbedder(segmenter)
+    features = segmenter.encode(pictures)
+    rows = embedder.regions(pictures, features)
+    maps = features[1].maps[0].float()
+    step = maps.shape[-1] // REGIONS
+    assert rows.shape == (len(pictures), REGIONS**2, maps.shape[0])
+    for row, column in ((0, 0), (0, REGIONS - 1), (2, 1)):
+        part = maps[:, row * step : (row + 1) * step, column * step : (column + 1) * step]
+        np.testing.assert_allclose(
+            rows[1, row * REGIONS + column], part.mean((1, 2)).numpy(), atol=1e-5
+        )
+    np.testing.assert_allclose(rows, embedder.regions(pictures), atol=1e-5)
 
 
 class CrampedNet(MatchSegNet):

@@ -1,5 +1,6 @@
 """All rankings against brute force, and against themselves made anew."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -232,7 +233,7 @@ def test_coverage_comes_first_where_a_label_is_missing():
     ranking.add_labelled(["i3"], ["liver"])
     best = ranking.next()[0]
     assert best.image_id in ("i3", "i4", "i5")
-    assert best.reason.startswith("covers 2 images that no label is near")
+    assert best.reason.startswith("covers parts of 2 images that no label is as near to")
 
 
 def test_from_zero_labels_one_image_of_each_cluster_comes_first():
@@ -254,7 +255,14 @@ def test_from_zero_labels_one_image_of_each_cluster_comes_first():
         if name != "typiclust":
             assert [sizes[c] for c in seen] == sorted(sizes, reverse=True), name
     first = make_ranking("coverage", pool, 0).next()[0]
-    assert first.reason.startswith(f"stands for {max(sizes) - 1} images of 300")
+    assert first.reason.startswith("the most typical of 300 images")
+    second = make_ranking("coverage", pool, 0)
+    second.add_labelled([first.image_id])
+    told = re.fullmatch(
+        r"covers parts of (\d+) images that no label is as near to", second.next()[0].reason
+    )
+    assert told is not None
+    assert sorted(sizes)[-2] - 1 <= int(told[1]) < 300 - max(sizes)
 
 
 def test_the_slices_told_are_those_that_add_most():
@@ -300,6 +308,7 @@ def test_a_large_pool_is_sampled_and_still_near_the_whole():
     assert len(sampled.next(n=3)) == 3
     gains = [sum(p.score for p in ranking.next(n=3)) for ranking in (sampled, whole)]
     assert gains[0] == pytest.approx(gains[1], rel=0.1)
+    sampled.add_labelled(["i000"])
     assert "about" in sampled.next()[0].reason
 
 

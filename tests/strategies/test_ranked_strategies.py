@@ -66,12 +66,12 @@ def test_the_second_image_is_of_the_kind_that_is_not_labelled_yet(
 ) -> None:
     first = annotation.next()
     assert (first["embedded"], first["images"], first["message"]) == (6, 6, "")
-    assert "stands for" in first["reason"]
+    assert "most typical of 6 images" in first["reason"]
     assert first["slices"] == [0]
     annotation.label(first["id"], tmp_path)
     second = annotation.next()
     assert second["id"][:4] != first["id"][:4]
-    assert "no label is near" in second["reason"]
+    assert "no label is as near to" in second["reason"]
     annotation.label(second["id"], tmp_path)
     assert 0 < annotation.next()["score"] < second["score"]
 

@@ -43,6 +43,14 @@ def simulate(
         str, typer.Option(help="Numbers of labelled images, comma-separated.")
     ] = "1,2,5,10,20,50",
     seeds: Annotated[int, typer.Option(help="Repetitions of each strategy.", min=1)] = 10,
+    part: Annotated[
+        float,
+        typer.Option(
+            help="Share of the images that each repetition may label, drawn anew; 1: all.",
+            min=0.1,
+            max=1.0,
+        ),
+    ] = 0.85,
     task: Annotated[str, typer.Option(help="What segments; there is `refseg`.")] = "refseg",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; default: campaigns/NAME.")
@@ -82,6 +90,7 @@ def simulate(
                 names=names,
                 budgets=budgets,
                 seeds=seeds,
+                part=part,
                 limit_targets=limit_targets,
                 limit_slices=limit_slices,
                 wishes=_numbers(wish, float, "wish"),
@@ -102,6 +111,7 @@ def _campaign(
     names: list[str],
     budgets: list[int],
     seeds: int,
+    part: float,
     limit_targets: int,
     limit_slices: int,
     wishes: list[float],
@@ -119,13 +129,13 @@ def _campaign(
     chosen = check_strategies(names)
     runtime = CampaignRuntime(settings, work=folder / "work", studies=str(studies.resolve()))
     labelled = _labelled_in(_store(studies, runtime.folder / "copies"), studies, labels)
-    check_budgets(budgets, len(labelled))
+    check_budgets(budgets, len(labelled), part)
     replay = Replay(runtime, labelled, slices=limit_slices)
     with _progress("encoding", len(labelled)) as advance:
         pool = replay.prepare(lambda: advance(1))
     for image_id, reason in replay.failed:
         err.print(f"left out: {image_id}: {reason}", highlight=False, markup=False)
-    fitting = check_budgets(budgets, len(replay.labelled))
+    fitting = check_budgets(budgets, len(replay.labelled), part)
     if len(fitting) < len(set(budgets)):
         err.print(f"{len(replay.labelled)} images: the budgets are {', '.join(map(str, fitting))}")
     targets = draw_targets(list(replay.labelled), limit_targets)
@@ -136,6 +146,7 @@ def _campaign(
         targets=targets,
         labels=replay.names,
         slices=limit_slices,
+        part=part,
         tolerance_mm=tolerance,
         source=source_of(
             list(replay.labelled.values()), runtime.fingerprint, repr(runtime.options)
