@@ -114,22 +114,25 @@ class Pool:
         """What is stored of images, for a ranking: unit vectors of their regions."""
         names = sorted(ids)
         numbers = self._stored.slice_numbers()
-        some = self._gather(names[:: max(1, -(-len(names) // _SAMPLE))])
-        if not some:
+        known = [name for name in names if numbers.get(name)]
+        if not known:
             return PoolView.of({})
-        first = next(iter(some))
-        regions = numbers[first].count(numbers[first][0])
-        basis = RegionBasis.of(np.concatenate(list(some.values())), regions)
+        regions = numbers[known[0]].count(numbers[known[0]][0])
+        some, _ = self._stored.gather(known[:: -(-len(known) // _SAMPLE)])
+        basis = RegionBasis.of(some, regions)
         vectors: dict[str, FloatArray] = {}
-        for start in range(0, len(names), _SAMPLE):  # what is stored is wider than what is seen
-            for name, rows in self._gather(names[start : start + _SAMPLE]).items():
-                vectors[name] = basis.apply(rows)
+        for start in range(0, len(known), _SAMPLE):  # what is stored is wider than what is seen
+            vectors |= self._gather(known[start : start + _SAMPLE], basis.apply)
         return PoolView.of(vectors, numbers, regions=regions)
 
-    def _gather(self, ids: Sequence[str]) -> dict[str, FloatArray]:
+    def _gather(
+        self, ids: Sequence[str], made_of: Callable[[FloatArray], FloatArray] | None = None
+    ) -> dict[str, FloatArray]:
         vectors, owners = self._stored.gather(ids)
         if not len(owners):
             return {}
+        if made_of is not None:
+            vectors = made_of(vectors)
         present, starts = np.unique(owners, return_index=True)
         parts = np.split(vectors, starts[1:])  # the owners ascend
         return {ids[owner]: part for owner, part in zip(present, parts, strict=True)}

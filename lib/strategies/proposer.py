@@ -4,6 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lib.retrieval.ranking import PoolView, Proposal, Ranking, make_ranking
 _RANKINGS_KEPT = 6
 _GROWTH = 1.1  # the view is made anew for a tenth more images, so that all of it costs little
 _ENOUGH = 24  # images to choose from; where fewer are embedded, a request waits for more
+_MANY = 20_000  # images whose view is made anew behind the requests: it takes a second
 _REST = 10.0  # times what the work took: no more than a tenth of the time is spent on it
 
 Done = Mapping[str, frozenset[str] | None]
@@ -79,6 +81,8 @@ class Proposer:
         self._seed = seed
         self._lock = threading.Lock()
         self._view = PoolView.of({})
+        self._behind = ThreadPoolExecutor(1, "refseg-view")
+        self._fresh: Future[PoolView] | None = None  # being made there
         self._kept: OrderedDict[tuple[str, tuple[str, ...]], _Kept] = OrderedDict()
         self._known: frozenset[str] = frozenset()
         self._looking = Rest()
@@ -131,13 +135,25 @@ class Proposer:
                 seconds = seconds if len(known) < _ENOUGH else 0.0
                 known = frozenset(self._pool.advance(paths, first=first, seconds=seconds))
             self._known = known
+        if self._fresh is not None and self._fresh.done():
+            made, self._fresh = self._fresh, None
+            self._see(made.result())
         viewed = len(self._view)
-        if frozenset(self._view.ids) != self._known and (
-            len(self._known) >= _GROWTH * viewed or self._viewing.due
-        ):
-            with self._viewing:
-                self._view = self._pool.view(self._known)
-                self._kept.clear()
+        if frozenset(self._view.ids) == self._known or self._fresh is not None:
+            return
+        if len(self._known) >= _GROWTH * viewed or self._viewing.due:
+            if viewed < _MANY:
+                self._see(self._take_view(self._known))
+            else:  # seconds: till then it is answered from the images that were known before
+                self._fresh = self._behind.submit(self._take_view, self._known)
+
+    def _take_view(self, known: frozenset[str]) -> PoolView:
+        with self._viewing:
+            return self._pool.view(known)
+
+    def _see(self, view: PoolView) -> None:
+        self._view = view
+        self._kept.clear()
 
     def _ranking(self, name: str, labels: tuple[str, ...]) -> _Kept:
         key = (name, labels)
