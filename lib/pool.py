@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from lib.errors import ImageError
 from lib.memory.pool import EmbeddingPool
@@ -68,7 +69,9 @@ class Pool:
         Returns:
             id -> (M, E) of the images that are embedded by now.
         """
-        return self._gather(sorted(self.advance(paths, first=first, seconds=seconds)))
+        ids = sorted(self.advance(paths, first=first, seconds=seconds))
+        rows, owners = self._stored.gather(ids)
+        return _by_image(ids, owners, rows)
 
     def advance(
         self, paths: Mapping[str, Path], *, first: Collection[str] = (), seconds: float
@@ -119,23 +122,20 @@ class Pool:
             return PoolView.of({})
         regions = numbers[known[0]].count(numbers[known[0]][0])
         some, _ = self._stored.gather(known[:: -(-len(known) // _SAMPLE)])
+        if not len(some):  # gone meanwhile
+            return PoolView.of({})
         basis = RegionBasis.of(some, regions)
         vectors: dict[str, FloatArray] = {}
+        weights: dict[str, FloatArray] = {}
         for start in range(0, len(known), _SAMPLE):  # what is stored is wider than what is seen
-            vectors |= self._gather(known[start : start + _SAMPLE], basis.apply)
-        return PoolView.of(vectors, numbers, regions=regions)
-
-    def _gather(
-        self, ids: Sequence[str], made_of: Callable[[FloatArray], FloatArray] | None = None
-    ) -> dict[str, FloatArray]:
-        vectors, owners = self._stored.gather(ids)
-        if not len(owners):
-            return {}
-        if made_of is not None:
-            vectors = made_of(vectors)
-        present, starts = np.unique(owners, return_index=True)
-        parts = np.split(vectors, starts[1:])  # the owners ascend
-        return {ids[owner]: part for owner, part in zip(present, parts, strict=True)}
+            part = known[start : start + _SAMPLE]
+            rows, owners = self._stored.gather(part)
+            if not len(rows):
+                continue
+            seen, counts = basis.apply(rows)
+            vectors |= _by_image(part, owners, seen)
+            weights |= _by_image(part, owners, counts)
+        return PoolView.of(vectors, numbers, regions=regions, weights=weights)
 
     def _is_unreadable(self, image_id: str, path: Path) -> bool:
         return self._unreadable.get(image_id) == _mark(path)
@@ -203,6 +203,15 @@ class Pool:
                 self._requests -= 1
                 if not self._requests:
                     self._idle.set()
+
+
+def _by_image(
+    ids: Sequence[str], owners: npt.NDArray[np.int64], rows: FloatArray
+) -> dict[str, FloatArray]:
+    """Rows by the image that each is of; owners, positions in `ids`, ascend."""
+    present, starts = np.unique(owners, return_index=True)
+    parts = np.split(rows, starts[1:])
+    return {ids[owner]: part for owner, part in zip(present, parts, strict=False)}
 
 
 def _mark(path: Path) -> tuple[str, int]:

@@ -107,6 +107,8 @@ class Herding:
             rows = np.sort(generator.choice(len(rows), max_targets, replace=False))
         self._targets = np.ascontiguousarray(pool.vectors[rows])
         self._owners = pool.owners[rows]
+        own = pool.weights[rows].astype(np.float64)
+        self._own = own / own.mean() if len(own) else own
         self._first_width = width if width is not None else self._spread(generator)
         self._risk: Mapping[str, float] = {}
         self._known = np.full(len(rows), np.nan)  # risk of each target's image
@@ -114,7 +116,7 @@ class Herding:
         self._state = _State(
             centers=centers,
             width=self._first_width if width is not None else _step(_SHARP * self._first_width),
-            weights=np.ones(len(rows)),
+            weights=self._own,
             covered=np.zeros_like(centers.nearest),
             bounds=np.full(len(pool), np.inf),
             fresh=np.zeros(len(pool), dtype=bool),
@@ -168,7 +170,9 @@ class Herding:
     def coverage(self) -> float:
         """How much of the pool is covered by the kernel of the width at the start, 0..1."""
         nearest = self._state.centers.nearest
-        return float(self._kernel(nearest, self._first_width).mean()) if nearest.size else 0.0
+        if not nearest.size:
+            return 0.0
+        return float((self._kernel(nearest, self._first_width) * self._own).mean())
 
     def _spread(self, generator: np.random.Generator) -> float:
         """Median of 1 - cos between slices of different images."""
@@ -219,14 +223,14 @@ class Herding:
         state.fresh[:] = False
 
     def _risk_weights(self) -> Floats:
-        """(T,) of mean 1: even at the start, in proportion to risk when all is covered."""
+        """(T,) of mean 1: a row's own at the start, times its risk when all is covered."""
         centers = self._state.centers
         curve = RiskCurve(self._first_width).fit(centers, self._pool, self._risk, self._seed)
         risk = curve(1 - centers.nearest.min(axis=0))
         risk = np.where(np.isnan(self._known), risk, self._known)
         share = self.coverage
-        mean = float(risk.mean())
-        return (1 - share) + share * risk / mean if mean > 0 else np.ones(len(risk))
+        mean = float((self._own * risk).mean())
+        return self._own * ((1 - share) + share * risk / mean) if mean > 0 else self._own
 
     def _pick(self, barred: list[int]) -> int | None:
         """The image of the highest gain, ties by rank; looks at as few as it can."""
