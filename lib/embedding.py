@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import RefSegError, RequestError
+from lib.memory.pool import LAYOUT
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings, from_conf
 from lib.types import HalfArray
@@ -65,7 +66,7 @@ def warm_up(conf: Conf) -> None:
 
 def fingerprint_of(conf: Conf) -> str:
     """The fingerprint that a worker would embed under: it must be the same everywhere."""
-    return _runtime(conf).fingerprint
+    return f"{_runtime(conf).fingerprint} {LAYOUT}"
 
 
 def embed_here(runtime: Runtime, paths: Mapping[str, Path]) -> Iterator[Embedded]:

@@ -121,10 +121,9 @@ class Pool:
         if not known:
             return PoolView.of({})
         regions = numbers[known[0]].count(numbers[known[0]][0])
-        some, _ = self._stored.gather(known[:: -(-len(known) // _SAMPLE)])
-        if not len(some):  # gone meanwhile
+        basis = self._basis(known, regions)
+        if basis is None:  # all of them are gone meanwhile
             return PoolView.of({})
-        basis = RegionBasis.of(some, regions)
         vectors: dict[str, FloatArray] = {}
         weights: dict[str, FloatArray] = {}
         for start in range(0, len(known), _SAMPLE):  # what is stored is wider than what is seen
@@ -136,6 +135,12 @@ class Pool:
             vectors |= _by_image(part, owners, seen)
             weights |= _by_image(part, owners, counts)
         return PoolView.of(vectors, numbers, regions=regions, weights=weights)
+
+    def _basis(self, ids: Sequence[str], regions: int) -> RegionBasis | None:
+        count = min(len(ids), _SAMPLE)
+        draw = np.random.default_rng(0).choice(len(ids), count, replace=False)
+        rows, _ = self._stored.gather([ids[number] for number in sorted(draw)])
+        return RegionBasis.of(rows, regions) if len(rows) else None
 
     def _is_unreadable(self, image_id: str, path: Path) -> bool:
         return self._unreadable.get(image_id) == _mark(path)

@@ -4,12 +4,17 @@ import os
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
 from lib.errors import ImageError
+from lib.imaging.io import read_image
+from lib.imaging.slices import cut, through_plane_axis
 from lib.memory.pool import EmbeddingPool
 from lib.pool import Pool
+from lib.runtime import Runtime
+from lib.settings import RefSegSettings
 from lib.types import FloatArray, HalfArray
 
 
@@ -95,6 +100,27 @@ def test_a_view_sees_regions_where_slices_have_several_rows(
     assert np.median(raw @ raw.T) > 0.98
     again = pool.view(list(paths)[:3]).part(list(paths))
     assert again.ids == tuple(list(paths)[:3])
+
+
+def test_what_the_pool_keeps_of_a_volume_is_told_by_its_slices(tmp_path: Path) -> None:
+    """The bundled network; five slices of a volume whose brightness tells which slice it is."""
+    depth, place = 10, tmp_path / "steps.nii.gz"
+    voxels = np.random.default_rng(0).normal(0, 0.1, (64, 64, depth)).astype(np.float32)
+    for n in range(depth):
+        voxels[: 4 + 5 * n, :32, n] += 5
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1, 1, 4, 1])), place)
+    settings = RefSegSettings(segmenter="matchseg", embedder="bundled", device="cpu")
+    runtime = Runtime(settings, bank_root=tmp_path / "bank", studies="here")
+    rows, numbers = runtime.embed_file(place)
+    assert rows.dtype == np.float16
+    assert numbers == [n for n in (1, 3, 5, 7, 9) for _ in range(16)]
+    image = read_image(place)
+    (alone,) = runtime.engine.embedder.regions([cut(image, through_plane_axis(image))[7]])
+    np.testing.assert_allclose(rows[3 * 16 : 4 * 16], alone, atol=2e-3)
+    runtime.pool.advance({"steps": place}, seconds=60)
+    view = runtime.pool.view(["steps"])
+    assert view.regions == 16
+    assert view.whole().slices.tolist() == [1, 3, 5, 7, 9]
 
 
 def test_there_may_be_no_images(pool: Pool) -> None:

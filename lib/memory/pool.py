@@ -19,6 +19,7 @@ from lib.types import FloatArray
 
 T = TypeVar("T")
 
+LAYOUT = "regions-1"  # counted up when rows of the same network would not go with those stored
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS embeddings (
     image_id TEXT PRIMARY KEY,

@@ -11,6 +11,7 @@ from lib.types import FloatArray
 
 _BLOCK = 512
 _KNOWN_SAMPLE = 512
+_KNOWN_ROWS = 2048  # all labelled rows are compared with each
 _KNOWN_ENOUGH = 8  # images of known risk from which a curve over distance says something
 
 Numbers = npt.NDArray[np.int64]
@@ -130,7 +131,7 @@ class RiskCurve:
     def fit(
         self, centers: Centers, pool: PoolView, risk: Mapping[str, float], seed: int
     ) -> "RiskCurve":
-        """Learn from the risks known, of at most 512 images."""
+        """Learn from the risks known, of at most 512 images and 2,048 of their rows."""
         self._x = self._y = None
         labelled = centers.labelled
         known = sorted(centers.numbers(risk) - labelled)
@@ -139,9 +140,15 @@ class RiskCurve:
         if len(known) > _KNOWN_SAMPLE:
             draw = np.random.default_rng(seed).choice(known, _KNOWN_SAMPLE, replace=False)
             known = sorted(draw.tolist())
-        numbers = np.array(known, dtype=np.int64)
-        near = centers.to_labelled(pool.vectors[pool.rows(numbers)], labelled)
-        counts = np.diff(pool.starts)[numbers]
+        most = max(1, _KNOWN_ROWS // len(known))
+        generator = np.random.default_rng(seed)
+        chosen = []
+        for number in known:
+            rows = np.arange(pool.starts[number], pool.starts[number + 1])
+            some = len(rows) > most
+            chosen.append(np.sort(generator.choice(rows, most, replace=False)) if some else rows)
+        near = centers.to_labelled(pool.vectors[np.concatenate(chosen)], labelled)
+        counts = np.array([len(rows) for rows in chosen])
         means = np.add.reduceat(1 - near, np.cumsum(counts) - counts) / counts
         order = np.argsort(means, kind="stable")
         values = np.array([risk[pool.ids[number]] for number in known])[order]

@@ -318,7 +318,7 @@ class Herding:
             better = (shares >= _PART * seen) & (seen > 0)
             better[image] = False
             known = int((seen > 0).sum())
-            about = "" if known == len(self._pool) else "about "
+            about = "" if len(self._targets) == len(self._pool.vectors) else "about "
             number = round(int(better.sum()) * len(self._pool) / max(1, known))
             images = f"{about}{number} image{'' if number == 1 else 's'}"
             reason = f"covers parts of {images} that no label is as near to"

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from lib.types import FloatArray
 
+PLACE_AXES = 4  # the last numbers of a region's vector tell its place
+
 
 @dataclass(frozen=True, eq=False)
 class PoolView:
@@ -72,10 +74,14 @@ class PoolView:
         )
 
     def whole(self) -> "PoolView":
-        """The same with one row per slice, the mean of its regions: for what compares pictures."""
+        """The same with one row per slice, the mean of what is in its regions.
+
+        For what compares pictures. Where regions lie is the same in all of them, and left out.
+        """
         if self.regions == 1:
             return self
-        means = self.vectors.reshape(-1, self.regions, self.vectors.shape[1]).mean(axis=1)
+        content = self.vectors[:, :-PLACE_AXES]
+        means = content.reshape(-1, self.regions, content.shape[1]).mean(axis=1)
         lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
         return PoolView(
             ids=self.ids,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lib.retrieval.poolview import PLACE_AXES
 from lib.types import FloatArray
 
 AXES = 32  # three quarters of the variance; more chose no better
@@ -44,7 +45,12 @@ class RegionBasis:
     @classmethod
     def of(cls, rows: FloatArray, regions: int) -> "RegionBasis":
         """From rows (N, C) of a pool, or of a part of it that was drawn."""
-        rows = rows[:: max(1, -(-len(rows) // _SAMPLE))]
+        if regions == 1:
+            nothing = np.zeros((0, 0), np.float32)
+            return cls(regions, nothing, nothing, nothing)
+        if len(rows) > _SAMPLE:
+            draw = np.random.default_rng(0).choice(len(rows), _SAMPLE, replace=False)
+            rows = rows[np.sort(draw)]
         mean = rows.mean(0, dtype=np.float64).astype(np.float32)
         scale = rows.std(0, dtype=np.float64).astype(np.float32) + np.float32(_TINY)
         unit = _unit((rows - mean) / scale)
@@ -55,12 +61,14 @@ class RegionBasis:
         """Rows (N, C) of whole slices, one after the other -> (N, E) unit float32, (N,) weights."""
         if self.regions == 1:  # half precision has taken from their length
             return _unit(rows), np.ones(len(rows), np.float32)
-        content = _unit(_unit((rows - self.mean) / self.scale) @ self.axes)
+        axes = self.axes / self.scale[:, None]
+        content = _unit(rows @ axes - self.mean @ axes)
         slices = content.reshape(-1, self.regions, content.shape[1])
         alike = (slices * slices.mean(1, keepdims=True)).sum(2)  # mean cosine with its slice
-        places = np.tile(_places(self.regions), (len(slices), 1))
+        places = np.broadcast_to(_places(self.regions), (len(slices), self.regions, PLACE_AXES))
         weights = np.maximum(1 - alike, _LEAST) ** OWN
-        return _unit(np.concatenate([content, places], 1)), weights.reshape(-1)
+        both = np.concatenate([slices, places], 2).reshape(len(rows), -1)
+        return both / np.float32((1 + 4 * PLACE) ** 0.5), weights.reshape(-1)
 
 
 def _places(regions: int) -> FloatArray:

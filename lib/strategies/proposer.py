@@ -14,7 +14,7 @@ from lib.retrieval.ranking import PoolView, Proposal, Ranking, make_ranking
 _RANKINGS_KEPT = 6
 _GROWTH = 1.1  # the view is made anew for a tenth more images, so that all of it costs little
 _ENOUGH = 24  # images to choose from; where fewer are embedded, a request waits for more
-_MANY = 20_000  # images whose view is made anew behind the requests: it takes a second
+_MANY = 200_000  # rows of a view that is made anew behind the requests: it takes a second
 _REST = 10.0  # times what the work took: no more than a tenth of the time is spent on it
 
 Done = Mapping[str, frozenset[str] | None]
@@ -81,6 +81,7 @@ class Proposer:
         self._seed = seed
         self._lock = threading.Lock()
         self._view = PoolView.of({})
+        self._seen: frozenset[str] = frozenset()  # what it shows
         self._behind = ThreadPoolExecutor(1, "refseg-view")
         self._fresh: Future[PoolView] | None = None  # being made there
         self._kept: OrderedDict[tuple[str, tuple[str, ...]], _Kept] = OrderedDict()
@@ -120,9 +121,9 @@ class Proposer:
                 kept.ranking.set_risk(risk)
                 kept.risk = dict(risk)
             _bring_up_to_date(kept, done)
-            barred = set(exclude) | (set(self._view.ids) - paths.keys())
+            barred = set(exclude) | (self._seen - paths.keys())
             rows = tuple(kept.ranking.next(barred, n=n))
-            return Proposals(rows, len(self._known & paths.keys()), len(paths))
+            return Proposals(rows, len(self._seen & paths.keys()), len(paths))
 
     def _look(self, paths: Mapping[str, Path], last: set[str], seconds: float) -> None:
         """Embed what is missing, and take it into view when that is worth the time."""
@@ -139,10 +140,11 @@ class Proposer:
             made, self._fresh = self._fresh, None
             self._see(made.result())
         viewed = len(self._view)
-        if frozenset(self._view.ids) == self._known or self._fresh is not None:
+        if self._seen == self._known or self._fresh is not None:
             return
+        rows = len(self._view.vectors) / max(1, viewed) * len(self._known)
         if len(self._known) >= _GROWTH * viewed or self._viewing.due:
-            if viewed < _MANY:
+            if rows < _MANY:
                 self._see(self._take_view(self._known))
             else:  # seconds: till then it is answered from the images that were known before
                 self._fresh = self._behind.submit(self._take_view, self._known)
@@ -153,6 +155,7 @@ class Proposer:
 
     def _see(self, view: PoolView) -> None:
         self._view = view
+        self._seen = frozenset(view.ids)
         self._kept.clear()
 
     def _ranking(self, name: str, labels: tuple[str, ...]) -> _Kept:

@@ -39,9 +39,12 @@ def pools(draw: st.DrawFn, most: int = 9) -> PoolView:
         half = len(vectors) // 2
         vectors[len(vectors) - half :] = vectors[:half]
     ends = np.cumsum(counts)
-    return PoolView.of(
-        {f"i{n}": vectors[b - a : b] for n, (a, b) in enumerate(zip(counts, ends, strict=True))}
-    )
+    rows = {f"i{n}": vectors[b - a : b] for n, (a, b) in enumerate(zip(counts, ends, strict=True))}
+    weights = {
+        name: generator.choice([0.01, 0.5, 3.0], len(own)).astype(np.float32)
+        for name, own in rows.items()
+    }
+    return PoolView.of(rows, weights=weights if draw(st.booleans()) else None)
 
 
 def rows(pool: PoolView, image: str) -> np.ndarray:
@@ -90,7 +93,8 @@ def test_each_pick_is_a_greedy_one_and_its_score_is_the_coverage_it_adds(
     proposals = ranking.next(excluded, n=4)
 
     def coverage(of: dict[str, set[str]]) -> float:
-        return float(np.mean([covered_by(pool, images, kernel) for images in of.values()]))
+        covered = [covered_by(pool, images, kernel) for images in of.values()]
+        return float(np.average(np.mean(covered, axis=0), weights=pool.weights))
 
     for proposal in proposals:
         before = coverage(done)
@@ -123,10 +127,11 @@ def test_refseg_weighs_by_risk_as_far_as_the_pool_is_covered(pool, width, told, 
         slice_risk = np.array([risk[pool.ids[owner]] for owner in pool.owners])
     else:
         slice_risk = 1 - before  # the uncovered share
-    share = before.mean()
-    weights = np.ones(len(before))
+    own = pool.weights / pool.weights.mean()
+    share = (own * before).mean()
+    weights = own
     if slice_risk.mean() > 0:
-        weights = (1 - share) + share * slice_risk / slice_risk.mean()
+        weights = own * ((1 - share) + share * slice_risk / (own * slice_risk).mean())
     gains = {
         name: float(weights @ (np.array(covered_by(pool, labelled | {name}, kernel)) - before))
         / len(before)
@@ -234,6 +239,32 @@ def test_coverage_comes_first_where_a_label_is_missing():
     best = ranking.next()[0]
     assert best.image_id in ("i3", "i4", "i5")
     assert best.reason.startswith("covers parts of 2 images that no label is as near to")
+
+
+def test_the_width_is_a_quarter_of_the_distances_in_the_data():
+    vectors = unit(np.random.default_rng(2), 60, 16)
+    pool = PoolView.of({f"i{n:02d}": vectors[n : n + 1] for n in range(60)})
+    ranking = Herding(pool, 0)
+    distances = (1 - vectors @ vectors.T)[~np.eye(60, dtype=bool)]
+    step = 2**0.25  # widths go in steps of the square root of two
+    assert 1 / step <= ranking._state.width / (np.median(distances) / 4) <= step
+    ranking.add_labelled(["i00", "i01"])
+    distances = (1 - vectors[2:] @ vectors[:2].T).min(axis=1)
+    assert 1 / step <= ranking._state.width / (np.median(distances) / 4) <= step
+
+
+def test_risks_of_many_rows_are_learned_from_some_of_them():
+    generator = np.random.default_rng(5)
+    vectors = unit(generator, 40 * 80, 6)
+    pool = PoolView.of({f"i{n:02d}": vectors[80 * n : 80 * n + 80] for n in range(40)})
+    centers = Centers(pool, pool.vectors, ())
+    centers.add(["i00", "i01"])
+    distances = 1 - centers.nearest[0].reshape(40, 80).mean(axis=1)
+    risk = {f"i{n:02d}": float(distances[n]) for n in range(2, 40)}
+    curve = RiskCurve(0.3).fit(centers, pool, risk, 0)
+    assert curve._x is not None
+    assert len(curve._x) == 38
+    assert np.abs(curve._x - np.sort(distances[2:])).max() < 0.05
 
 
 def test_from_zero_labels_one_image_of_each_cluster_comes_first():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.retrieval.poolview import PoolView
+from lib.retrieval.poolview import PLACE_AXES, PoolView
 from lib.retrieval.ranking import NAMES, make_ranking
 from lib.retrieval.regions import PLACE, RegionBasis
 
@@ -45,6 +45,30 @@ def test_a_region_finds_its_like_wherever_it_lies_and_rather_where_it_lay() -> N
     at = (np.array([[0, 0], [1, 1]]) + 0.5) / SIDE
     lost = PLACE * ((at[0] - at[1]) ** 2).sum() / (1 + 4 * PLACE)
     assert cosines[order[0]] - cosines[order[2]] == pytest.approx(lost, rel=0.05)
+
+
+def test_channels_count_alike_and_the_main_axes_are_kept() -> None:
+    """A signal in eight hidden numbers, seen by very unequal channels, in a little noise."""
+    rng = np.random.default_rng(3)
+    hidden = rng.standard_normal((60, REGIONS, 8))
+    hidden[1] = hidden[0]
+    rows = hidden @ rng.standard_normal((8, WIDTH))
+    rows += 0.3 * rng.standard_normal(rows.shape)
+    rows *= 10.0 ** rng.uniform(-2, 2, WIDTH)
+    found = seen(rows.astype(np.float32))
+    same = (found[0] * found[1]).sum(1)
+    other = (found[0] * found[2:].reshape(58, REGIONS, -1)).sum(2)
+    assert np.median(same) > 0.98
+    assert np.quantile(other, 0.99) < np.quantile(same, 0.1)
+
+
+def test_the_axes_are_those_of_all_regions_of_a_large_pool() -> None:
+    """More rows than are looked at, with a tissue that only every other column shows."""
+    rng = np.random.default_rng(4)
+    rows = rng.standard_normal((2400, REGIONS, WIDTH)).astype(np.float32)
+    rows[:, 1::2] += 5
+    basis = RegionBasis.of(rows.reshape(-1, WIDTH), REGIONS)
+    np.testing.assert_allclose(basis.mean, 2.5, atol=0.2)
 
 
 def test_rows_of_whole_pictures_stay_as_they_are() -> None:
@@ -100,8 +124,10 @@ def test_a_picture_is_the_mean_of_its_regions() -> None:
     assert whole.ids == pool.ids
     assert whole.starts.tolist() == [0, 3, 6, 9, 12, 15, 18]
     assert whole.slices.tolist() == [0, 7, 14] * 6
-    mean = pool.vectors[REGIONS : 2 * REGIONS].mean(0)
+    mean = pool.vectors[REGIONS : 2 * REGIONS, :-PLACE_AXES].mean(0)
     np.testing.assert_allclose(whole.vectors[1], mean / np.linalg.norm(mean), atol=1e-6)
+    alike = whole.vectors @ whole.vectors.T  # nor is what all of them share part of it
+    assert abs(float(alike[~np.eye(len(alike), dtype=bool)].mean())) < 0.2
     assert whole.whole() is whole
     part = pool.part(["i04", "i01", "none"])
     assert part.ids == ("i01", "i04")
