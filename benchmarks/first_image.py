@@ -10,10 +10,9 @@ pictures by which references are retrieved, and the regions of `lib.retrieval.re
   those segmented;
 - the Dice of the image that `coverage` labels first, and the mean of its first two, less the mean
   of all images, in standard deviations of the latter; over ten parts of the images, drawn anew;
-- the best of its first two, image by image, less that of two at random, in Dice points;
+- the best of its first two, image by image, less that of two at random, in Dice points.
 
-by the kernel's width, as a share of the distances in the data. The sets are those that choices may
-be made on, none that is named as unseen elsewhere.
+The sets are those that choices may be made on, none that is named as unseen elsewhere.
 """
 
 import json
@@ -33,7 +32,6 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from campaign import link
 from scipy.stats import spearmanr
 
-import lib.retrieval.herding as herding
 from apps.refseg.commands.simulate import _labelled_in, _store
 from lib.campaign.plan import draw_part, draw_targets
 from lib.campaign.replay import CampaignRuntime, Replay
@@ -43,8 +41,7 @@ from lib.retrieval.poolview import PoolView
 from lib.settings import RefSegSettings
 
 SETS = "bus_bra,kidney_mr_t2,prostate_mr_t2,glomeruli,curvas_ct,"
-SETS += "fetal_head_us,carotid_us,spleen_ct,aorta_ct,kvasir_seg"
-WIDTHS = (1.0, 0.25, 0.125)
+SETS += "fetal_head_us,carotid_us,spleen_ct,aorta_ct"
 PARTS, PART = 10, 0.6
 RANDOM_PAIRS = 300
 
@@ -121,31 +118,14 @@ def _figures(one: Measured) -> dict[str, Any]:
     by_chance = float(np.mean([_best(one.dice, pair) for pair in pairs]))
     ways = {}
     for name, view in one.views.items():
-        picks = {width: [_first_two(view.part(part), width) for part in parts] for width in WIDTHS}
+        found = [[row[p.image_id] for p in Herding(view.part(part)).next(n=2)] for part in parts]
         ways[name] = {
             "correlation": _correlation(one, view),
-            "widths": [
-                {
-                    "width": width,
-                    "first": float(np.mean([z[row[two[0]]] for two in found])),
-                    "first_two": float(np.mean([z[[row[i] for i in two]] for two in found])),
-                    "best_of_two": float(
-                        np.mean([_best(one.dice, [row[i] for i in two]) for two in found])
-                    )
-                    - by_chance,
-                }
-                for width, found in picks.items()
-            ],
+            "first": float(np.mean([z[two[0]] for two in found])),
+            "first_two": float(np.mean([z[two] for two in found])),
+            "best_of_two": float(np.mean([_best(one.dice, two) for two in found])) - by_chance,
         }
     return {"images": len(one.ids), "dice": float(teach.mean()), "sd": float(teach.std()), **ways}
-
-
-def _first_two(view: PoolView, width: float) -> list[str]:
-    usual, herding._SHARP = herding._SHARP, width
-    try:
-        return [proposal.image_id for proposal in Herding(view).next(n=2)]
-    finally:
-        herding._SHARP = usual
 
 
 def _best(dice: Array, rows: list[int]) -> float:
@@ -167,28 +147,27 @@ def _correlation(one: Measured, view: PoolView) -> float:
 
 
 def _lines(found: Mapping[str, dict[str, Any]]) -> list[str]:
-    head = "| set | images | Dice by one label | by | correlation "
-    for width in WIDTHS:
-        head += f"| width x {width:g}: first, first two, best of two "
-    rows = [head + "|", "|---|---|---|---|---|" + "---|" * len(WIDTHS)]
+    rows = [
+        "| set | images | Dice by one label | by | correlation | first | first two | best of two |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|---|")
     sums: dict[str, list[list[float]]] = {}
     for name, one in found.items():
         for way in ("whole pictures", "regions"):
-            told = one[way]
-            cells = [(w["first"], w["first_two"], 100 * w["best_of_two"]) for w in told["widths"]]
-            sums.setdefault(way, []).append([told["correlation"], *np.ravel(cells)])
+            told = [one[way][key] for key in ("correlation", "first", "first_two", "best_of_two")]
+            sums.setdefault(way, []).append(told)
             facts = f"{one['images']} | {one['dice']:.2f} ± {one['sd']:.2f}"
-            rows.append(_row(name, facts, way, sums[way][-1]))
+            rows.append(_row(name, facts, way, told))
     rows += [_row("**mean**", " | ", way, list(np.mean(all_, 0))) for way, all_ in sums.items()]
     return rows
 
 
-def _row(name: str, facts: str, way: str, values: list[float]) -> str:
-    cells = [
-        f"{values[n]:+.2f}, {values[n + 1]:+.2f}, {values[n + 2]:+.1f}"
-        for n in range(1, len(values), 3)
-    ]
-    return f"| {name} | {facts} | {way} | {values[0]:.2f} | " + " | ".join(cells) + " |"
+def _row(name: str, facts: str, way: str, told: list[float]) -> str:
+    correlation, first, two, best = told
+    return (
+        f"| {name} | {facts} | {way} | {correlation:.2f} | {first:+.2f} | {two:+.2f} "
+        f"| {100 * best:+.1f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ def pool_of(images: int, slices: int, regions: int, size: int, seed: int) -> Poo
         starts=np.arange(images + 1, dtype=np.int64) * rows,
         slices=np.tile(np.repeat(np.arange(slices), regions), images),
         regions=regions,
-        weights=generator.uniform(0.2, 2, len(vectors)).astype(np.float32),
     )
 
 

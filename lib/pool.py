@@ -125,16 +125,13 @@ class Pool:
         if basis is None:  # all of them are gone meanwhile
             return PoolView.of({})
         vectors: dict[str, FloatArray] = {}
-        weights: dict[str, FloatArray] = {}
         for start in range(0, len(known), _SAMPLE):  # what is stored is wider than what is seen
             part = known[start : start + _SAMPLE]
             rows, owners = self._stored.gather(part)
             if not len(rows):
                 continue
-            seen, counts = basis.apply(rows)
-            vectors |= _by_image(part, owners, seen)
-            weights |= _by_image(part, owners, counts)
-        return PoolView.of(vectors, numbers, regions=regions, weights=weights)
+            vectors |= _by_image(part, owners, basis.apply(rows))
+        return PoolView.of(vectors, numbers, regions=regions)
 
     def _basis(self, ids: Sequence[str], regions: int) -> RegionBasis | None:
         count = min(len(ids), _SAMPLE)

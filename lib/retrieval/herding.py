@@ -1,11 +1,12 @@
 """Greedy kernel coverage, image by image, for pools of any size.
 
-MaxHerding (arXiv 2407.12212): the coverage of a slice is its kernel with the nearest labelled
-slice; the next image is the one whose slices, taken together, add most coverage. Uncertainty
-Herding (arXiv 2412.20644) weighs the slices by their risk. The objective is submodular: greedy
-choice is within 1 - 1/e of the best set, and a gain that was computed once is an upper bound later.
-Here such bounds outlive everything that changes (labels that come and go, the kernel's width, the
-weights), so that the next image costs some hundred gains and not all of them. How:
+MaxHerding (arXiv 2407.12212): the coverage of a row (a region of a slice, or a slice) is its kernel
+with the nearest labelled row; the next image is the one whose rows, taken together, add most
+coverage. Uncertainty Herding (arXiv 2412.20644) weighs the rows by their risk. The objective is
+submodular: greedy choice is within 1 - 1/e of the best set, and a gain that was computed once is an
+upper bound later. Here such bounds outlive everything that changes (labels that come and go, the
+kernel's width, the weights), so that the next image costs some hundred gains and not all of them.
+How:
 
 - a label comes: gains shrink, bounds stay.
 - a label goes, m falls to m': no gain grows by more than the weighted mean of m - m'.
@@ -32,7 +33,6 @@ _LOOK_GROWTH = 2
 _GAIN_DECIMALS = 6  # below, differences are rounding of the matrix product, hence ties
 _WIDTH_SAMPLE = 1024
 _SAME = 1e-4  # 1 - cos of what is the same picture
-_SHARP = 0.25  # of that width: as wide, the first images were typical of nothing in particular
 _PART = 0.25  # of an image must be nearer to be told as covered better
 SLICES_TOLD = 3
 
@@ -68,14 +68,12 @@ class Herding:
         pool: the images.
         seed: orders equal gains, and draws the samples below.
         labels: names that an image must be annotated for; coverage is the mean over them.
-        weighting: "even", or "risk": the more of the pool is covered, the more a slice counts by
-            its risk. The share is the coverage by a kernel of the width at the start, so nothing
-            is to be set.
+        weighting: "even", or "risk": the more of the pool is covered, the more a row counts by its
+            risk. The share is the coverage by the kernel of the start, so nothing is to be set.
         kernel: "smooth", exp(-(1 - cos) / width), or "ball", 1 where 1 - cos <= width.
-        width: of the kernel; None takes it from the data: a quarter of the median of 1 - cos from
-            a region to the nearest labelled one (without labels: between different images), in
-            steps of the square root of two. So the kernel narrows as labels grow. (On ten sets an
-            eighth chose as well, all of it worse: `benchmarks/first_image.py`.)
+        width: of the kernel; None takes it from the data: the median of 1 - cos from a region to
+            the nearest labelled one (without labels: between different images), in steps of the
+            square root of two. So the kernel narrows as labels grow.
         max_targets: coverage is measured on at most so many rows, a random sample of more. (The
             error of a mean of 2,048 is below 1 %.)
         max_candidates: images with together about so many rows compete, a random sample of more.
@@ -107,16 +105,14 @@ class Herding:
             rows = np.sort(generator.choice(len(rows), max_targets, replace=False))
         self._targets = np.ascontiguousarray(pool.vectors[rows])
         self._owners = pool.owners[rows]
-        own = pool.weights[rows].astype(np.float64)
-        self._own = own / own.mean() if len(own) else own
         self._first_width = width if width is not None else self._spread(generator)
         self._risk: Mapping[str, float] = {}
         self._known = np.full(len(rows), np.nan)  # risk of each target's image
         centers = Centers(pool, self._targets, labels)
         self._state = _State(
             centers=centers,
-            width=self._first_width if width is not None else _step(_SHARP * self._first_width),
-            weights=self._own,
+            width=self._first_width,
+            weights=np.ones(len(rows)),
             covered=np.zeros_like(centers.nearest),
             bounds=np.full(len(pool), np.inf),
             fresh=np.zeros(len(pool), dtype=bool),
@@ -170,9 +166,7 @@ class Herding:
     def coverage(self) -> float:
         """How much of the pool is covered by the kernel of the width at the start, 0..1."""
         nearest = self._state.centers.nearest
-        if not nearest.size:
-            return 0.0
-        return float((self._kernel(nearest, self._first_width) * self._own).mean())
+        return float(self._kernel(nearest, self._first_width).mean()) if nearest.size else 0.0
 
     def _spread(self, generator: np.random.Generator) -> float:
         """Median of 1 - cos between slices of different images."""
@@ -190,8 +184,7 @@ class Herding:
         nearest = self._state.centers.nearest
         distances = 1 - nearest[np.isfinite(nearest)]
         distances = distances[distances > _SAME]  # the labelled ones themselves
-        wide = float(np.median(distances)) if len(distances) else self._first_width
-        return _step(_SHARP * wide)
+        return _step(float(np.median(distances))) if len(distances) else self._first_width
 
     def _kernel(self, cosines: FloatArray, width: float) -> FloatArray:
         if self._ball:
@@ -223,14 +216,14 @@ class Herding:
         state.fresh[:] = False
 
     def _risk_weights(self) -> Floats:
-        """(T,) of mean 1: a row's own at the start, times its risk when all is covered."""
+        """(T,) of mean 1: even at the start, in proportion to risk when all is covered."""
         centers = self._state.centers
         curve = RiskCurve(self._first_width).fit(centers, self._pool, self._risk, self._seed)
         risk = curve(1 - centers.nearest.min(axis=0))
         risk = np.where(np.isnan(self._known), risk, self._known)
         share = self.coverage
-        mean = float((self._own * risk).mean())
-        return self._own * ((1 - share) + share * risk / mean) if mean > 0 else self._own
+        mean = float(risk.mean())
+        return (1 - share) + share * risk / mean if mean > 0 else np.ones(len(risk))
 
     def _pick(self, barred: list[int]) -> int | None:
         """The image of the highest gain, ties by rank; looks at as few as it can."""

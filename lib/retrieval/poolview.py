@@ -22,7 +22,6 @@ class PoolView:
         starts: (M + 1,) image m has the rows `starts[m]:starts[m + 1]`, at least one.
         slices: (N,) the number of each row's slice in its volume.
         regions: rows per slice.
-        weights: (N,) float32, how much it counts that a row is covered; only their ratios matter.
     """
 
     ids: tuple[str, ...]
@@ -30,7 +29,6 @@ class PoolView:
     starts: npt.NDArray[np.int64]
     slices: npt.NDArray[np.int64]
     regions: int
-    weights: FloatArray
 
     @classmethod
     def of(
@@ -39,7 +37,6 @@ class PoolView:
         slices: Mapping[str, Sequence[int]] | None = None,
         *,
         regions: int = 1,
-        weights: Mapping[str, FloatArray] | None = None,
     ) -> "PoolView":
         """Lay out the embeddings (n, E) of each image.
 
@@ -47,7 +44,6 @@ class PoolView:
             embeddings: image id -> (n, E) unit vectors; images without rows are left out.
             slices: image id -> n slice numbers; 0, 1, ... of an image that is not in it.
             regions: rows per slice, a divisor of each n.
-            weights: image id -> (n,) of its rows; None: all count alike.
         """
         ids = tuple(sorted(name for name, rows in embeddings.items() if len(rows)))
         counts = [len(embeddings[name]) for name in ids]
@@ -68,9 +64,6 @@ class PoolView:
             starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             slices=np.array([n for own in numbers for n in own], dtype=np.int64),
             regions=regions,
-            weights=np.concatenate([weights[name] for name in ids])
-            if weights is not None and ids
-            else np.ones(len(vectors), dtype=np.float32),
         )
 
     def whole(self) -> "PoolView":
@@ -89,7 +82,6 @@ class PoolView:
             starts=self.starts // self.regions,
             slices=self.slices[:: self.regions],
             regions=1,
-            weights=np.ones(len(means), dtype=np.float32),
         )
 
     def part(self, ids: Collection[str]) -> "PoolView":
@@ -103,7 +95,6 @@ class PoolView:
             starts=np.concatenate([[0], np.cumsum(np.diff(self.starts)[kept])]).astype(np.int64),
             slices=self.slices[rows],
             regions=self.regions,
-            weights=self.weights[rows],
         )
 
     def __len__(self) -> int:

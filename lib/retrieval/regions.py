@@ -5,9 +5,6 @@ mean of a whole picture hardly tells. (Which of a set's images segments the othe
 foretold twice as well by regions as by whole pictures: `benchmarks/first_image.py`.) Descriptors
 are centred and scaled by the pool's own statistics, since what all its pictures share tells nothing
 within it, and shortened to their main axes. Where a region lies counts a little.
-
-Nobody knows yet what will be drawn. But most of a picture is background, more of the same, and to
-cover that teaches little; so a region counts the more, the less it is like the rest of its picture.
 """
 
 from dataclasses import dataclass
@@ -18,11 +15,9 @@ from lib.retrieval.poolview import PLACE_AXES
 from lib.types import FloatArray
 
 AXES = 32  # three quarters of the variance; more chose no better
-OWN = 2  # power of a region's unlikeness to the rest of its picture; 2 to 5 chose alike, 0 worse
 PLACE = 1.0  # weight of the squared distance between places, in picture widths, beside the cosine
 _SAMPLE = 32_768  # rows that the axes are taken from
 _TINY = 1e-6
-_LEAST = 0.01  # unlikeness of a region in a picture that is all the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +52,15 @@ class RegionBasis:
         _, axes = np.linalg.eigh(unit.T @ unit)  # ascending
         return cls(regions, mean, scale, np.ascontiguousarray(axes[:, ::-1][:, :AXES]))
 
-    def apply(self, rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Rows (N, C) of whole slices, one after the other -> (N, E) unit float32, (N,) weights."""
-        if self.regions == 1:  # half precision has taken from their length
-            return _unit(rows), np.ones(len(rows), np.float32)
+    def apply(self, rows: FloatArray) -> FloatArray:
+        """Rows (N, C) of whole slices, one after the other -> (N, E) unit float32."""
+        if self.regions == 1:
+            return _unit(rows)  # half precision has taken from their length
         axes = self.axes / self.scale[:, None]
-        content = _unit(rows @ axes - self.mean @ axes)
-        slices = content.reshape(-1, self.regions, content.shape[1])
-        alike = (slices * slices.mean(1, keepdims=True)).sum(2)  # mean cosine with its slice
-        places = np.broadcast_to(_places(self.regions), (len(slices), self.regions, PLACE_AXES))
-        weights = np.maximum(1 - alike, _LEAST) ** OWN
-        both = np.concatenate([slices, places], 2).reshape(len(rows), -1)
-        return both / np.float32((1 + 4 * PLACE) ** 0.5), weights.reshape(-1)
+        content = _unit(rows @ axes - self.mean @ axes).reshape(-1, self.regions, axes.shape[1])
+        places = np.broadcast_to(_places(self.regions), (*content.shape[:2], PLACE_AXES))
+        both = np.concatenate([content, places], 2).reshape(len(rows), -1)
+        return both / np.float32((1 + 4 * PLACE) ** 0.5)
 
 
 def _places(regions: int) -> FloatArray:

@@ -40,11 +40,7 @@ def pools(draw: st.DrawFn, most: int = 9) -> PoolView:
         vectors[len(vectors) - half :] = vectors[:half]
     ends = np.cumsum(counts)
     rows = {f"i{n}": vectors[b - a : b] for n, (a, b) in enumerate(zip(counts, ends, strict=True))}
-    weights = {
-        name: generator.choice([0.01, 0.5, 3.0], len(own)).astype(np.float32)
-        for name, own in rows.items()
-    }
-    return PoolView.of(rows, weights=weights if draw(st.booleans()) else None)
+    return PoolView.of(rows)
 
 
 def rows(pool: PoolView, image: str) -> np.ndarray:
@@ -94,7 +90,7 @@ def test_each_pick_is_a_greedy_one_and_its_score_is_the_coverage_it_adds(
 
     def coverage(of: dict[str, set[str]]) -> float:
         covered = [covered_by(pool, images, kernel) for images in of.values()]
-        return float(np.average(np.mean(covered, axis=0), weights=pool.weights))
+        return float(np.mean(covered))
 
     for proposal in proposals:
         before = coverage(done)
@@ -127,11 +123,10 @@ def test_refseg_weighs_by_risk_as_far_as_the_pool_is_covered(pool, width, told, 
         slice_risk = np.array([risk[pool.ids[owner]] for owner in pool.owners])
     else:
         slice_risk = 1 - before  # the uncovered share
-    own = pool.weights / pool.weights.mean()
-    share = (own * before).mean()
-    weights = own
+    share = before.mean()
+    weights = np.ones(len(before))
     if slice_risk.mean() > 0:
-        weights = own * ((1 - share) + share * slice_risk / (own * slice_risk).mean())
+        weights = (1 - share) + share * slice_risk / slice_risk.mean()
     gains = {
         name: float(weights @ (np.array(covered_by(pool, labelled | {name}, kernel)) - before))
         / len(before)
@@ -241,16 +236,16 @@ def test_coverage_comes_first_where_a_label_is_missing():
     assert best.reason.startswith("covers parts of 2 images that no label is as near to")
 
 
-def test_the_width_is_a_quarter_of_the_distances_in_the_data():
+def test_the_width_is_that_of_the_distances_in_the_data():
     vectors = unit(np.random.default_rng(2), 60, 16)
     pool = PoolView.of({f"i{n:02d}": vectors[n : n + 1] for n in range(60)})
     ranking = Herding(pool, 0)
     distances = (1 - vectors @ vectors.T)[~np.eye(60, dtype=bool)]
     step = 2**0.25  # widths go in steps of the square root of two
-    assert 1 / step <= ranking._state.width / (np.median(distances) / 4) <= step
+    assert 1 / step <= ranking._state.width / (np.median(distances)) <= step
     ranking.add_labelled(["i00", "i01"])
     distances = (1 - vectors[2:] @ vectors[:2].T).min(axis=1)
-    assert 1 / step <= ranking._state.width / (np.median(distances) / 4) <= step
+    assert 1 / step <= ranking._state.width / (np.median(distances)) <= step
 
 
 def test_risks_of_many_rows_are_learned_from_some_of_them():

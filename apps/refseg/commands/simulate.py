@@ -137,7 +137,8 @@ def _campaign(
         err.print(f"left out: {image_id}: {reason}", highlight=False, markup=False)
     fitting = check_budgets(budgets, len(replay.labelled), part)
     if len(fitting) < len(set(budgets)):
-        err.print(f"{len(replay.labelled)} images: the budgets are {', '.join(map(str, fitting))}")
+        msg = f"{len(replay.labelled)} images, of which a repetition may label --part {part:g}: "
+        err.print(f"{msg}the budgets are {', '.join(map(str, fitting))}")
     targets = draw_targets(list(replay.labelled), limit_targets)
     plan = Plan(
         strategies=chosen,
