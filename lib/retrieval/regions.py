@@ -1,10 +1,10 @@
 """Pictures as their regions: what a pool of images is compared by when the next one is chosen.
 
 Two pictures are alike for label transfer when each part of one finds its like in the other; the
-mean of a whole picture hardly tells. (Which of a set's images segments the others best alone is
-foretold twice as well by regions as by whole pictures: `benchmarks/first_image.py`.) Descriptors
-are centred and scaled by the pool's own statistics, since what all its pictures share tells nothing
-within it, and shortened to their main axes. Where a region lies counts a little.
+mean of a whole picture tells less. (The image that is labelled first by regions teaches the others
+more than the one by whole pictures: `benchmarks/first_image.py`.) Descriptors are centred and
+scaled by the pool's own statistics, since what all its pictures share tells nothing within it, and
+shortened to their main axes. Where a region lies counts a little.
 """
 
 from dataclasses import dataclass
