@@ -80,7 +80,7 @@ def main(
         print(name, file=sys.stderr)
     if result is not None:
         result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(_lines(found)))
+    print("\n".join(lines(found)))
 
 
 def _measure(source: Path, work: Path, count: int, slices: int) -> Measured:
@@ -146,7 +146,8 @@ def _correlation(one: Measured, view: PoolView) -> float:
     return float(np.nanmean(found))
 
 
-def _lines(found: Mapping[str, dict[str, Any]]) -> list[str]:
+def lines(found: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The table: two rows for each set, and the means."""
     rows = [
         "| set | images | Dice by one label | by | correlation | first | first two | best of two |"
     ]

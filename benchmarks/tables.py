@@ -3,8 +3,8 @@
 A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`. FILE is `reference` (the bundled
 weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
 names, and that were not, or were, trained on in their other half). Or FILE is, whatever SETS,
-`study` (`reference` against `as_trained`), `campaign`, `confidence` or `load`. The text around it
-is written by hand and left alone, so that figures are never copied by hand.
+`study` (`reference` against `as_trained`), `campaign`, `first`, `confidence` or `load`. The text
+around it is written by hand and left alone, so that figures are never copied by hand.
 """
 
 import json
@@ -17,11 +17,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import campaign, confidence, load
+from benchmarks import campaign, confidence, first_image, load
 
 RESULTS = HERE / "results"
 OTHERS = {
     "campaign": lambda: "\n".join(campaign.lines(sorted(RESULTS.glob("campaign/*/campaign.json")))),
+    "first": lambda: "\n".join(first_image.lines(read(RESULTS / "first_image.json"))),
     "confidence": lambda: "\n".join(confidence.lines(read(RESULTS / "confidence.json")["sets"])),
     "load": lambda: load.table({kind: read(RESULTS / f"load/{kind}.json") for kind in load.KINDS}),
 }
