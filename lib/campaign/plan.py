@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.durable import digest_of
 from lib.errors import RequestError
 from lib.retrieval.ranking import NAMES
 from lib.types import LabelledImage
@@ -118,11 +119,11 @@ def draw_targets(images: Sequence[str], limit: int, *, seed: int = 0) -> tuple[s
 
 
 def source_of(labelled: Collection[LabelledImage], *settings: object) -> str:
-    """Digest of files, as size and time tell, and of settings."""
+    """Digest of what the files hold, so that a copied folder goes on, and of settings."""
     parts: list[object] = list(settings)
     for one in labelled:
-        looks = [(path.stat().st_size, path.stat().st_mtime_ns) for path in _files(one)]
-        parts.append((one.image_id, looks, sorted(one.label_names.items())))
+        content = [digest_of(path) for path in _files(one)]
+        parts.append((one.image_id, content, sorted(one.label_names.items())))
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 

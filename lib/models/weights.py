@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lib.durable import digest_of
 from lib.errors import WeightsError
 from lib.models.known_weights import KNOWN, KnownWeights, WeightFile
 
@@ -250,7 +251,7 @@ def _cached(repo: str, file: WeightFile, revision: str) -> Path | None:
 
 def _check(weights: KnownWeights, file: WeightFile, path: Path, folder: Path | None) -> FileCheck:
     """Compare one file with the best record there is."""
-    found = _sha256(path)
+    found = digest_of(path)
     if path.name == file.name and file.sha256:
         return FileCheck(path, found, file.sha256, "table")
     recorded = _recorded(folder).get(f"{weights.name}/{path.name}") if folder else None
@@ -260,14 +261,6 @@ def _check(weights: KnownWeights, file: WeightFile, path: Path, folder: Path | N
     if blob.parent.name == "blobs" and len(blob.name) == 64:
         return FileCheck(path, found, blob.name, "hub cache")
     return FileCheck(path, found, None, "none")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _recorded(folder: Path) -> dict[str, str]:

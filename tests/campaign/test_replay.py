@@ -1,6 +1,7 @@
 """A campaign is the app at work: same banks, same masks; done once, and goes on after a stop."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,8 +207,12 @@ def test_another_protocol_does_not_take_the_lines_of_this_one(folder: Folder) ->
 def test_an_edited_label_is_another_source(folder: Folder) -> None:
     before = source_of(folder.labelled)
     path = folder.labelled[0].label_path
-    path.write_bytes(path.read_bytes() + b" ")
+    content = path.read_bytes()
+    path.write_bytes(content + b" ")
     assert source_of(folder.labelled) != before
+    path.write_bytes(content)
+    os.utime(path, (1, 1))  # as a copy of the folder has
+    assert source_of(folder.labelled) == before
 
 
 def test_targets_are_the_same_for_all_and_budgets_leave_one_to_score() -> None:
