@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib.durable import publish, stage
 from lib.errors import RefSegError, WeightsError
+from lib.models.alignment import displacements
 from lib.models.devices import in_batches, is_out_of_memory
 from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
 from lib.models.protocol import AS_TRAINED
@@ -209,7 +210,9 @@ class MatchSegSegmenter:
         )
         trust, _ = self._net.trust(similarity[None])
         known = example.known.to(self._device)
-        losses = self._net.vote_losses(one, memory, known, trust[0], places).cpu()
+        picture = one.descriptor.mT.unflatten(-1, (self.size // 8, self.size // 8))
+        moves = _moves(picture, memory, known)
+        losses = self._net.vote_losses(one, memory, known, trust[0], places, moves).cpu()
         return _Left(losses, _distance(similarity))
 
     @torch.inference_mode()
@@ -235,12 +238,14 @@ class MatchSegSegmenter:
         assert query.embedding is not None
         similarity = self._similarity(references, torch.from_numpy(query.embedding))
         memory = self._remembered(references)
+        known = known.to(self._device)
         output = self._net.segment(
             _batch(query),
             Remembered(*(getattr(memory, one.name)[None] for one in fields(memory))),
-            known.to(self._device)[None],
+            known[None],
             similarity[None],
             study.place if _within(similarity, study.reach) else 1.0,
+            _moves(query.maps[0], memory, known)[None],
         )
         return Prediction(
             scores=output.scores[0].cpu(),
@@ -308,6 +313,12 @@ class BundledEmbedder:
 def _distance(similarity: Tensor) -> float:
     """Mean 1 - cosine of a picture and its nearest references."""
     return float(1 - similarity.topk(min(NEAREST, len(similarity))).values.mean())
+
+
+def _moves(query: Tensor, memory: Remembered, known: Tensor) -> Tensor:
+    """Displacements (R, P, 2) of references by all labels that they know; query (C, side, side)."""
+    shares = (memory.mask8.float() * known[..., None]).sum(1).clamp_max(1)
+    return displacements(query, memory.descriptor, shares)
 
 
 def _within(similarity: Tensor, reach: float | None) -> bool:

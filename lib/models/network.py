@@ -328,6 +328,7 @@ class MatchSegNet(nn.Module):
         known: Tensor,
         trust: Tensor,
         place: float = 1.0,
+        moves: Tensor | None = None,
     ) -> Tensor:
         """The label-transfer prior, once for all labels.
 
@@ -342,6 +343,7 @@ class MatchSegNet(nn.Module):
             known: (B, R, L) bool.
             trust: (B, R), up to a constant.
             place: factor on w, see `Study`.
+            moves: (B, R, P, 2) added to the references' places x_s, see `displacements`.
 
         Returns:
             (B, H, L + 1, side, side) probabilities, background last.
@@ -354,7 +356,8 @@ class MatchSegNet(nn.Module):
         # linear in (x_s, |x_s|^2): with the trust four more dimensions, and scores are one product.
         cells = grid(side, descriptor.device)  # (P, 2)
         x_q = cells.expand(b, -1, -1)
-        x_s = _near(cells).repeat(r, 1).expand(b, -1, -1)  # (B, R * P, 3)
+        x_s = cells.expand(b, r, -1, -1) if moves is None else cells + moves
+        x_s = _near(x_s).flatten(1, 2)  # (B, R * P, 3)
         bias = trust.float().repeat_interleave(len(cells), 1)[..., None]  # (B, R * P, 1)
         one = torch.ones_like(x_q[..., :1])
         weight = known.float()[..., None]  # (B, R, L, 1)
@@ -386,7 +389,13 @@ class MatchSegNet(nn.Module):
         return torch.cat([labels, rest], dim=2).unflatten(-1, (side, side))
 
     def vote_losses(
-        self, query: Remembered, memory: Remembered, known: Tensor, trust: Tensor, places: Tensor
+        self,
+        query: Remembered,
+        memory: Remembered,
+        known: Tensor,
+        trust: Tensor,
+        places: Tensor,
+        moves: Tensor | None = None,
     ) -> Tensor:
         """How badly references vote for a labelled slice, if place counts so much.
 
@@ -399,6 +408,7 @@ class MatchSegNet(nn.Module):
             known: (R, L) bool.
             trust: (R,).
             places: (N,) factors on w, see `vote`.
+            moves: (R, P, 2), see `vote`.
 
         Returns:
             (N,) mean over the cells; NaN where the slice shows no label.
@@ -414,7 +424,8 @@ class MatchSegNet(nn.Module):
         d_q, d_s = query.descriptor[rows].float(), memory.descriptor.float().flatten(0, 1)
         cells = grid(side, d_q.device)
         x_q = torch.cat([cells[rows], torch.ones_like(cells[rows, :1])], 1)
-        x_s = _near(cells).repeat(len(known), 1)
+        x_s = cells.expand(len(known), -1, -1) if moves is None else cells + moves
+        x_s = _near(x_s).flatten(0, 1)
         distance = -(x_q @ x_s.T)  # but for |x_p|^2
         bias = trust.float().repeat_interleave(len(cells))
         weight = known.float()[:, :, None]
@@ -450,6 +461,7 @@ class MatchSegNet(nn.Module):
         known: Tensor,
         similarity: Tensor,
         place: float = 1.0,
+        moves: Tensor | None = None,
     ) -> Output:
         """Segment B queries, each by R memories.
 
@@ -460,12 +472,13 @@ class MatchSegNet(nn.Module):
             similarity: (B, R) cosine of the whole pictures' embeddings. More references would
                 else drown the few that resemble the query.
             place: see `vote`.
+            moves: see `vote`.
         """
         b, n_labels = known.shape[0], known.shape[2]
         s8 = query.descriptor.shape[-1]
         vote_trust, attention_trust = self.trust(similarity)
         votes = self.vote(
-            query.descriptor, memory.descriptor, memory.mask8, known, vote_trust, place
+            query.descriptor, memory.descriptor, memory.mask8, known, vote_trust, place, moves
         )
         # Which head to believe, by place: from what the heads say and what the query looks like.
         evidence = torch.cat([votes[:, :, :-1].amax(2), votes[:, :, -1], query.descriptor], dim=1)
@@ -514,9 +527,9 @@ class MatchSegNet(nn.Module):
         return Output(scores, votes, vote_scores, presence, quality)
 
 
-def _near(cells: Tensor) -> Tensor:
-    """Cells (P, 2) -> (P, 3), whose product with (x, y, 1) is -|x_p - x_s|^2 + |x_p|^2."""
-    return torch.cat([2 * cells, -cells.square().sum(1, keepdim=True)], 1)
+def _near(places: Tensor) -> Tensor:
+    """Places (..., 2) -> (..., 3), whose product with (x, y, 1) is -|x_p - x_s|^2 + |x_p|^2."""
+    return torch.cat([2 * places, -places.square().sum(-1, keepdim=True)], -1)
 
 
 def _inside_outside(fine: Tensor, masks: Tensor) -> Tensor:

@@ -233,6 +233,7 @@ class CrampedNet(MatchSegNet):
         known: torch.Tensor,
         similarity: torch.Tensor,
         place: float = 1.0,
+        moves: torch.Tensor | None = None,
     ) -> Output:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
