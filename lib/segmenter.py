@@ -155,7 +155,11 @@ class ReferenceEngine:
                     shapes={name: usual_shape(seen) for name, seen in bank.shapes().items()},
                 )
                 self._studied = (bank.folder, version), learned
-                logger.info("the labels say: place counts %g times as much", learned.place)
+                logger.info(
+                    "the labels say: place counts %g times as much%s",
+                    learned.place,
+                    ", after references are aligned" if learned.aligned else "",
+                )
             return self._studied[1]
 
     # -- image -> segmentation ----------------------------------------------------------------

@@ -92,12 +92,15 @@ class Study:
     Attributes:
         place: how much a reference's place counts against its looks, 1 as in training. Organs in
             scans taken alike are found by their place; a polyp may be anywhere.
-        reach: mean distance (1 - cosine) of a query to its nearest references up to which `place`
-            was seen to hold, farther away it counts as in training; None: it holds everywhere.
+        aligned: whether a reference's structures are first moved to where the query shows the
+            like: a heart lies here in one patient and there in the next.
+        reach: mean distance (1 - cosine) of a query to its nearest references up to which the
+            above was seen to hold, farther away all is as in training; None: it holds everywhere.
         shapes: what nearly all masks of a label look like; labels not named have any shape.
     """
 
     place: float = 1.0
+    aligned: bool = False
     reach: float | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 

@@ -97,7 +97,7 @@ class RememberingSegmenter:
         if picture is None:
             return self._segmenter.segment(query, references, known, study)
         marks = sorted(_mark(m, row) for m, row in zip(references, known.tolist(), strict=True))
-        asked = picture + b"".join(marks) + repr((study.place, study.reach)).encode()
+        asked = picture + b"".join(marks) + repr((study.place, study.aligned, study.reach)).encode()
         question = blake2b(asked, digest_size=16).digest()
         self.asked += 1
         with self._lock:

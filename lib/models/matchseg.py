@@ -27,7 +27,10 @@ REGIONS = 4  # to a side, of a picture in the pool; 8 choose little better, at f
 ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
-PLACES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # weights of place that a study may choose
+# Weights of place that a study may choose, and those with references aligned: where place counts
+# for little, it is no matter.
+STILL, ALIGNED = (1 / 16, 1 / 4, 1.0, 4.0, 16.0), (4.0, 16.0)
+PLACEMENTS = tuple((p, False) for p in STILL) + tuple((p, True) for p in ALIGNED)
 FEWEST, FEW = 3, 4  # labelled slices; fewer say nothing of a study, or little
 NEAREST = 8  # references by which it is told how far a picture is from all
 REACH = 2.0  # farther than so many times the farthest slice left out, a study says nothing
@@ -89,7 +92,7 @@ def load_weights(path: Path, *, sha256: str | None = None) -> MatchSegNet:
 
 @dataclass(frozen=True, eq=False)
 class _Left:
-    """A slice left out: losses (N,) of its vote by weight of place, distance to the voters."""
+    """A slice left out: losses (N,) of its vote by `PLACEMENTS`, distance to the voters."""
 
     losses: Tensor
     distance: float
@@ -177,30 +180,29 @@ class MatchSegSegmenter:
         return Memory(image=image.half(), labels=torch.cat(rows, 1).half().cpu())
 
     def study_of(self, examples: Iterable[Example]) -> Study:
-        """See `ReferenceSegmenter.study_of`: the weight of place by which references vote best.
+        """See `ReferenceSegmenter.study_of`: the use of place by which references vote best.
 
-        Another weight than in training's is taken where the votes for labelled slices, each left
-        out in turn, are better by it: on average, and by more than half the standard error of that.
-        Three slices may move it one step only, two may agree by chance.
+        Another one than training's is taken where the votes for labelled slices, each left out in
+        turn, are better by it: on average, and by more than half the standard error of that. Three
+        slices may move the weight one step only, two may agree by chance.
         """
-        places = torch.tensor(PLACES, device=self._device)
-        found = [self._vote_losses(example, places) for example in examples]
+        found = [self._vote_losses(example) for example in examples]
         found = [one for one in found if bool(one.losses.isfinite().all())]
         if len(found) < FEWEST:
             return Study()
         losses = torch.stack([one.losses for one in found])
-        gains = (losses[:, PLACES.index(1.0), None] - losses).double()
+        gains = (losses[:, PLACEMENTS.index((1.0, False)), None] - losses).double()
         mean, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5
-        if len(gains) < FEW:
-            mean[[0, -1]] = 0
         mean = torch.where(mean > error / 2, mean, 0)
+        if len(gains) < FEW:
+            mean[[place not in (1 / 4, 4.0) for place, _ in PLACEMENTS]] = 0
         if not bool((mean > 0).any()):
             return Study()
-        reach = REACH * max(one.distance for one in found)
-        return Study(place=PLACES[int(mean.argmax())], reach=reach)
+        place, aligned = PLACEMENTS[int(mean.argmax())]
+        return Study(place, aligned, REACH * max(one.distance for one in found))
 
     @torch.inference_mode()
-    def _vote_losses(self, example: Example, places: Tensor) -> _Left:
+    def _vote_losses(self, example: Example) -> _Left:
         cells = (self.size // 8) ** 2
         query = self._remembered([example.memory])
         memory = self._remembered(example.references)
@@ -211,9 +213,11 @@ class MatchSegSegmenter:
         trust, _ = self._net.trust(similarity[None])
         known = example.known.to(self._device)
         picture = one.descriptor.mT.unflatten(-1, (self.size // 8, self.size // 8))
-        moves = _moves(picture, memory, known)
-        losses = self._net.vote_losses(one, memory, known, trust[0], places, moves).cpu()
-        return _Left(losses, _distance(similarity))
+        losses = []
+        for places, moves in ((STILL, None), (ALIGNED, _moves(picture, memory, known))):
+            weights = torch.tensor(places, device=self._device)
+            losses.append(self._net.vote_losses(one, memory, known, trust[0], weights, moves))
+        return _Left(torch.cat(losses).cpu(), _distance(similarity))
 
     @torch.inference_mode()
     def segment(
@@ -239,13 +243,16 @@ class MatchSegSegmenter:
         similarity = self._similarity(references, torch.from_numpy(query.embedding))
         memory = self._remembered(references)
         known = known.to(self._device)
+        if not _within(similarity, study.reach):
+            study = AS_TRAINED
+        moves = _moves(query.maps[0], memory, known)[None] if study.aligned else None
         output = self._net.segment(
             _batch(query),
             Remembered(*(getattr(memory, one.name)[None] for one in fields(memory))),
             known[None],
             similarity[None],
-            study.place if _within(similarity, study.reach) else 1.0,
-            _moves(query.maps[0], memory, known)[None],
+            study.place,
+            moves,
         )
         return Prediction(
             scores=output.scores[0].cpu(),

@@ -63,6 +63,39 @@ def test_place_counts_more_where_structures_lie_at_one_place_and_less_where_they
     assert study_where(segmenter, aligned=False, seed=seed).place < 1
 
 
+def patients(rng: np.random.Generator, count: int) -> tuple[list[FloatArray], list[torch.Tensor]]:
+    """Of two discs that look alike the left one is the structure; a patient lies anywhere."""
+    images, masks = [], []
+    for _ in range(count):
+        image, mask = noise(rng), torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
+        y, x = rng.integers(10, SIDE - 34, 2)
+        image[max(0, y - 8) : y + 32, max(0, x - 8) : x + 32] -= 0.25
+        for step in (0, 14):
+            image[y : y + 24, x + step : x + step + 10] += 0.5
+        mask[0, y : y + 24, x : x + 10] = True
+        images.append(image)
+        masks.append(mask)
+    return images, masks
+
+
+def test_references_are_aligned_where_structures_wander_together(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    images, masks = patients(np.random.default_rng(4), 9)
+    memories = learned(segmenter, images, masks)
+    study = segmenter.study_of(left_out(memories[1:]))
+    assert study.aligned
+    query = segmenter.encode(images[:1])[0]
+    known = torch.ones(8, 1, dtype=torch.bool)
+
+    def dice(study: Study) -> float:
+        scores = segmenter.segment(query, memories[1:], known, study).scores
+        found = torch.nn.functional.interpolate(scores[None], size=(SIDE, SIDE))[0] > 0
+        return float(2 * (found & masks[0]).sum() / (found.sum() + masks[0].sum()))
+
+    assert dice(study) > dice(Study(study.place)) + 0.02
+
+
 def test_one_labelled_image_and_slices_without_a_label_say_nothing(
     segmenter: MatchSegSegmenter,
 ) -> None:
@@ -75,7 +108,10 @@ def test_one_labelled_image_and_slices_without_a_label_say_nothing(
     assert segmenter.study_of(left_out(memories[:2])[:1]) == Study()
 
 
-def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegmenter) -> None:
+@pytest.mark.parametrize("still", [True, False])
+def test_the_losses_are_those_of_the_vote_that_segments(
+    segmenter: MatchSegSegmenter, *, still: bool
+) -> None:
     rng = np.random.default_rng(3)
     images = [noise(rng) for _ in range(4)]
     masks = [torch.from_numpy(noise(rng)[None].repeat(2, 0) > 0.45) for _ in images]
@@ -84,6 +120,7 @@ def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegme
     query, *others = learned(segmenter, images, masks)
     known = torch.tensor([[True, True], [True, False], [False, True]])
     places = torch.tensor([0.25, 1.0, 9.0])
+    moves = None if still else 0.4 * torch.randn(3, (segmenter.size // 8) ** 2, 2)
     net = segmenter._net
     with torch.inference_mode():
         one, many = segmenter._remembered([query]), segmenter._remembered(others)
@@ -91,7 +128,7 @@ def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegme
         similarity = segmenter._similarity(others, _embedding(query, cells))
         trust, _ = net.trust(similarity[None])
         flat = Remembered(one.descriptor[0], one.mask8[0], one.tokens, one.sums4, one.sums2)
-        found = net.vote_losses(flat, many, known, trust[0], places)
+        found = net.vote_losses(flat, many, known, trust[0], places, moves)
         side = round(cells**0.5)
         descriptor = one.descriptor.transpose(1, 2).unflatten(2, (side, side))
         truth = torch.cat([one.mask8[0], (1 - one.mask8[0].sum(0, keepdim=True)).clamp(0, 1)])
@@ -102,7 +139,13 @@ def test_the_losses_are_those_of_the_vote_that_segments(segmenter: MatchSegSegme
         rows = rows[:: -(-len(rows) // MOST_CELLS)]
         for place, loss in zip(places.tolist(), found.tolist(), strict=True):
             votes = net.vote(
-                descriptor, many.descriptor[None], many.mask8[None], known[None], trust, place
+                descriptor,
+                many.descriptor[None],
+                many.mask8[None],
+                known[None],
+                trust,
+                place,
+                None if moves is None else moves[None],
             )
             mean = votes[0].mean(0).flatten(1)[:, rows]
             expected = -(truth[:, rows] * (mean + 0.01).log()).sum(0).mean()
@@ -127,7 +170,9 @@ def test_a_query_unlike_all_that_the_study_was_learned_on_is_segmented_as_traine
         query = segmenter.encode([image])[0]
         found = segmenter.segment(query, memories, known, study).scores
         plain = segmenter.segment(query, memories, known).scores
-        everywhere = segmenter.segment(query, memories, known, Study(study.place)).scores
+        everywhere = segmenter.segment(
+            query, memories, known, Study(study.place, study.aligned)
+        ).scores
         assert torch.equal(found, everywhere if alike else plain)
         assert not torch.equal(everywhere, plain)
 
