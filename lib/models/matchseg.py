@@ -27,8 +27,7 @@ REGIONS = 4  # to a side, of a picture in the pool; 8 choose little better, at f
 ENCODE_BATCH = 8
 SUM_SCALE = 256.0  # keeps the sums over small masks clear of half precision's smallest numbers
 OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or device=cpu."
-# Weights of place that a study may choose, and those with references aligned: where place counts
-# for little, it is no matter.
+# Weights of place that a study may choose, and with references aligned.
 STILL, ALIGNED = (1 / 16, 1 / 4, 1.0, 4.0, 16.0), (4.0, 16.0)
 PLACEMENTS = tuple((p, False) for p in STILL) + tuple((p, True) for p in ALIGNED)
 FEWEST, FEW = 3, 4  # labelled slices; fewer say nothing of a study, or little
@@ -182,23 +181,28 @@ class MatchSegSegmenter:
     def study_of(self, examples: Iterable[Example]) -> Study:
         """See `ReferenceSegmenter.study_of`: the use of place by which references vote best.
 
-        Another one than training's is taken where the votes for labelled slices, each left out in
-        turn, are better by it: on average, and by more than half the standard error of that. Three
-        slices may move the weight one step only, two may agree by chance.
+        Another weight than in training's is taken where the votes for labelled slices, each left
+        out in turn, are better by it: on average, and by more than half the standard error of that.
+        Three slices may move it one step only, two may agree by chance. Where place counts for more
+        than in training, references are aligned if the votes are better by that, too.
         """
         found = [self._vote_losses(example) for example in examples]
         found = [one for one in found if bool(one.losses.isfinite().all())]
         if len(found) < FEWEST:
             return Study()
-        losses = torch.stack([one.losses for one in found])
-        gains = (losses[:, PLACEMENTS.index((1.0, False)), None] - losses).double()
+        losses = torch.stack([one.losses for one in found]).double()
+        gains = losses[:, STILL.index(1.0), None] - losses[:, : len(STILL)]
         mean, error = gains.mean(0), gains.std(0) / len(gains) ** 0.5
-        mean = torch.where(mean > error / 2, mean, 0)
         if len(gains) < FEW:
-            mean[[place not in (1 / 4, 4.0) for place, _ in PLACEMENTS]] = 0
+            mean[[0, -1]] = 0
+        mean = torch.where(mean > error / 2, mean, 0)
         if not bool((mean > 0).any()):
             return Study()
-        place, aligned = PLACEMENTS[int(mean.argmax())]
+        best = int(mean.argmax())
+        if STILL[best] > 1 and len(gains) >= FEW:
+            rivals = [best, *range(len(STILL), len(PLACEMENTS))]
+            best = rivals[int(losses[:, rivals].mean(0).argmin())]
+        place, aligned = PLACEMENTS[best]
         return Study(place, aligned, REACH * max(one.distance for one in found))
 
     @torch.inference_mode()

@@ -63,37 +63,35 @@ def test_place_counts_more_where_structures_lie_at_one_place_and_less_where_they
     assert study_where(segmenter, aligned=False, seed=seed).place < 1
 
 
-def patients(rng: np.random.Generator, count: int) -> tuple[list[FloatArray], list[torch.Tensor]]:
-    """Of two discs that look alike the left one is the structure; a patient lies anywhere."""
-    images, masks = [], []
-    for _ in range(count):
-        image, mask = noise(rng), torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
-        y, x = rng.integers(10, SIDE - 34, 2)
-        image[max(0, y - 8) : y + 32, max(0, x - 8) : x + 32] -= 0.25
-        for step in (0, 14):
-            image[y : y + 24, x + step : x + step + 10] += 0.5
-        mask[0, y : y + 24, x : x + 10] = True
-        images.append(image)
-        masks.append(mask)
-    return images, masks
+def patient(rng: np.random.Generator, y: int, x: int) -> tuple[FloatArray, torch.Tensor]:
+    """Of two bars that look alike the left one is the structure."""
+    image, mask = noise(rng), torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
+    image[y - 8 : y + 32, x - 8 : x + 32] -= 0.25
+    for step in (0, 14):
+        image[y : y + 24, x + step : x + step + 10] += 0.5
+    mask[0, y : y + 24, x : x + 10] = True
+    return image, mask
 
 
-def test_references_are_aligned_where_structures_wander_together(
+def test_references_are_aligned_with_a_patient_who_lies_differently(
     segmenter: MatchSegSegmenter,
 ) -> None:
-    images, masks = patients(np.random.default_rng(4), 9)
-    memories = learned(segmenter, images, masks)
-    study = segmenter.study_of(left_out(memories[1:]))
+    rng = np.random.default_rng(4)
+    seen = [patient(rng, *(36 + rng.integers(-7, 8, 2)).tolist()) for _ in range(8)]
+    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    study = segmenter.study_of(left_out(memories))
+    assert study.place > 1
     assert study.aligned
-    query = segmenter.encode(images[:1])[0]
+    image, mask = patient(rng, 50, 54)
+    query = segmenter.encode([image])[0]
     known = torch.ones(8, 1, dtype=torch.bool)
 
     def dice(study: Study) -> float:
-        scores = segmenter.segment(query, memories[1:], known, study).scores
+        scores = segmenter.segment(query, memories, known, study).scores
         found = torch.nn.functional.interpolate(scores[None], size=(SIDE, SIDE))[0] > 0
-        return float(2 * (found & masks[0]).sum() / (found.sum() + masks[0].sum()))
+        return float(2 * (found & mask).sum() / (found.sum() + mask.sum()))
 
-    assert dice(study) > dice(Study(study.place)) + 0.02
+    assert dice(study) > dice(Study(study.place)) + 0.1
 
 
 def test_one_labelled_image_and_slices_without_a_label_say_nothing(
