@@ -32,12 +32,18 @@ def pool(tmp_path: Path) -> Pool:
     return Pool(lambda: EmbeddingPool(tmp_path / "bank", "one"), encode)
 
 
-def test_of_a_large_pool_the_view_is_made_anew_behind_the_requests(
-    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def a_few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than four images are a large pool, looked at anew without a pause."""
     monkeypatch.setattr("lib.strategies.proposer._MANY", 4)
     monkeypatch.setattr("lib.strategies.proposer._REST", 0.0)
     monkeypatch.setattr("lib.strategies.proposer._ENOUGH", 1000)
+
+
+@pytest.mark.usefixtures("a_few_are_many")
+def test_of_a_large_pool_the_view_is_made_anew_behind_the_requests(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, plain = threading.Event(), pool.view
 
     def slowly(ids: frozenset[str]) -> PoolView:
@@ -62,12 +68,10 @@ def test_of_a_large_pool_the_view_is_made_anew_behind_the_requests(
     assert (found.embedded, found.images) == (12, 12)
 
 
+@pytest.mark.usefixtures("a_few_are_many")
 def test_a_view_that_fails_behind_a_request_is_told_to_the_next_and_tried_again(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.strategies.proposer._MANY", 4)
-    monkeypatch.setattr("lib.strategies.proposer._REST", 0.0)
-    monkeypatch.setattr("lib.strategies.proposer._ENOUGH", 1000)
     proposer = Proposer(pool)
     proposer.propose("refseg", files(tmp_path, 5), {})
     many, plain, failed = files(tmp_path, 12), pool.view, threading.Event()
