@@ -5,6 +5,9 @@ weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all
 names, and that were not, or were, trained on in their other half). Or FILE is, whatever SETS,
 `study` (`reference` against `as_trained`), `campaign`, `first`, `confidence` or `load`. The text
 around it is written by hand and left alone, so that figures are never copied by hand.
+
+    python benchmarks/tables.py            # fills the tables
+    python benchmarks/tables.py EARLIER    # what changed since an earlier reference.json
 """
 
 import json
@@ -97,6 +100,23 @@ def against(before: Rows, after: Rows) -> str:
     return "\n".join(lines) + "\n" + text
 
 
+def since(before: Rows, after: Rows) -> str:
+    """Mean Dice by k, before and after, over the sets of which any figure changed."""
+    both = {n: before[n].keys() & after[n].keys() - {0} for n in before.keys() & after.keys()}
+    changed = sorted(
+        name
+        for name, ks in both.items()
+        if any(before[name][k]["mean"] != after[name][k]["mean"] for k in ks)
+    )
+    lines = [f"{len(changed)} of {len(both)} sets changed: {', '.join(changed)}"]
+    for k in sorted(set().union(*(both[name] for name in changed))):
+        names = [name for name in changed if k in both[name]]
+        old, new = (sum(rows[n][k]["mean"] for n in names) / len(names) for rows in (before, after))
+        gains = [f"{n} {after[n][k]['mean'] - before[n][k]['mean']:+.3f}" for n in names]
+        lines.append(f"k = {k}: {old:.3f} -> {new:.3f} ({', '.join(gains)})")
+    return "\n".join(lines)
+
+
 def read(path: Path) -> dict[str, Any]:
     """One file of results."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -143,4 +163,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        print(since(read_rows(Path(sys.argv[1])), read_rows(RESULTS / "reference.json")))
+    else:
+        main()

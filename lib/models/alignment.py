@@ -3,8 +3,8 @@
 Place counts in the vote, and for organs in scans taken alike it counts much; but a heart lies here
 in one patient and there in the next. So before places are compared, the surroundings of what is
 labelled in a reference are looked for in the query: block matching, as for motion in films, on
-descriptors instead of gray values. Half of the evidence comes from all labels together, half from
-around each cell, so that two kidneys may move apart. No training, a few milliseconds a slice.
+descriptors instead of grey values. Half of the evidence comes from all labels together, half from
+around each cell, so that two kidneys may move apart. No training, and little time beside the vote.
 """
 
 import torch

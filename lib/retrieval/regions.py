@@ -14,7 +14,7 @@ import numpy as np
 from lib.retrieval.poolview import PLACE_AXES
 from lib.types import FloatArray
 
-AXES = 32  # three quarters of the variance; more chose no better
+AXES = 32  # three quarters of the variance
 PLACE = 1.0  # weight of the squared distance between places, in picture widths, beside the cosine
 _SAMPLE = 32_768  # rows that the axes are taken from
 _TINY = 1e-6

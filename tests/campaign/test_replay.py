@@ -29,6 +29,7 @@ from lib.imaging.slices import cut
 from lib.memory.bank import MemoryBank
 from lib.segmentation import Options
 from lib.segmenter import ReferenceEngine
+from lib.types import Study
 
 from .studies import NAMES, Averager, Thumbnail, labelled_in, make_studies, runtime_of
 
@@ -309,6 +310,14 @@ def test_another_question_is_asked(tmp_path: Path, what: str) -> None:
         memories = [replace(memories[0], labels=labels), *memories[1:]]
     q.remembering.segment(query, memories, known)
     assert q.averager.asked == asked + 1
+
+
+@pytest.mark.parametrize("study", [Study(place=4.0), Study(aligned=True), Study(reach=0.5)])
+def test_another_study_is_another_question(tmp_path: Path, study: Study) -> None:
+    q = Question(tmp_path)
+    for asked in (Study(), study, Study(), study):
+        q.remembering.segment(q.query, q.memories, q.known, asked)
+    assert q.averager.asked == 2
 
 
 def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
