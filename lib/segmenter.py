@@ -209,7 +209,7 @@ class ReferenceEngine:
         own_slices = _own_slices(bank, own, names, annotation)
         with watch("study"):
             study = self.study(bank) if todo else Study()
-        decision = Decision(len(names), len(todo), study.shapes_of(names))
+        decision = Decision(len(names), len(todo), study.shapes_of(names), adjacent=image.adjacent)
         done = 0
         for chunk in _chunks(todo, self._batch):
             images = [pictures[index] for index in chunk]

@@ -86,10 +86,87 @@ def test_sharpness_is_the_dice_that_the_probabilities_of_the_pixels_promise() ->
     # one label, two slices, hand-made: painted are 0.9, 0.8 and 0.7; 0.2 is not
     decision = Decision(2, 2)
     decision.add(0, logits([[0.9, 0.0003], [0.8, 0.0003]]), [1])
-    decision.add(1, logits([[0.7, 0.2], [0.0003, 0.0003]]), [1])
+    decision.add(2, logits([[0.7, 0.2], [0.0003, 0.0003]]), [1])
     nothing, found = decision.sharpness()
     assert np.isnan(nothing)
     assert found == pytest.approx(2 * (0.9 + 0.8 + 0.7) / (3 + 2.6), abs=5e-3)
+
+
+def disc(side: int, radius: float) -> torch.Tensor:
+    """Sure scores (1, side, side) of a disc in the middle."""
+    row, column = torch.meshgrid(*[torch.arange(side) - side / 2 + 0.5] * 2, indexing="ij")
+    return torch.where(row.hypot(column) < radius, 4.0, -4.0)[None]
+
+
+def test_what_goes_on_from_slice_to_slice_is_mended_by_its_neighbors() -> None:
+    whole, hurt = disc(20, 6), disc(20, 6)
+    hurt[0, 8:12, 4:8] = -1.0  # a hole that only this slice has
+    decision = Decision(1, 5)
+    for index in range(5):
+        decision.add(index, hurt if index == 2 else whole, [0])
+    np.testing.assert_array_equal(decision.draw(2, (20, 20)), drawn(whole))
+    assert (drawn(hurt) != drawn(whole)).any()
+
+
+def test_slices_that_have_nothing_in_common_leave_each_other_alone() -> None:
+    decision = Decision(1, 4)
+    slices = [torch.full((1, 16, 16), -6.0) for _ in range(4)]
+    for index, scores in enumerate(slices):
+        scores[0, 4 * index : 4 * index + 4] = 6.0
+        decision.add(index, scores, [0])
+    for index, scores in enumerate(slices):
+        np.testing.assert_array_equal(decision.draw(index, (16, 16)), drawn(scores))
+
+
+def test_some_slices_of_a_volume_are_no_neighbors() -> None:
+    whole, hurt = disc(20, 6), disc(20, 6)
+    hurt[0, 8:12, 4:8] = -1.0
+    decision = Decision(1, 3, adjacent=False)
+    for index in range(3):
+        decision.add(index, hurt if index == 1 else whole, [0])
+    np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(hurt))
+
+
+def test_a_neighbor_that_does_not_know_a_label_says_nothing_of_it() -> None:
+    both, one = torch.cat([disc(20, 6), -disc(20, 9)]), disc(20, 6)
+    decision = Decision(2, 2)
+    decision.add(0, both, [0, 1])
+    decision.add(1, one, [0])
+    np.testing.assert_array_equal(decision.draw(0, (20, 20)), drawn(both))
+    np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(one))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.permutations(range(4)))
+def test_averages_are_those_of_brute_force_in_any_order(seed: int, order: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    slices = np.round(rng.normal(-1, 3, (4, 2, 6, 6)).clip(-7, 7) * 16) / 16  # as they are stored
+    slices[:, 0] = np.round((slices[:, 0] + slices[:1, 0]) / 2 * 16) / 16  # label 0 has a likeness
+    decision = Decision(2, 4)
+    for index in order:
+        decision.add(index, torch.tensor(slices[index], dtype=torch.float32), [0, 1])
+    odds = np.exp(slices)
+    p = odds / (1 + odds.sum(1, keepdims=True))
+    overlap = 2 * np.minimum(p[1:], p[:-1]).sum((0, 2, 3)) / (p[1:] + p[:-1]).sum((0, 2, 3))
+    weight = overlap[:, None, None] ** 3
+    wanted = np.stack(
+        [
+            (s + weight * slices[max(i - 1, 0)] + weight * slices[min(i + 1, 3)]) / (1 + 2 * weight)
+            for i, s in enumerate(slices)
+        ]
+    )
+    odds = np.exp(wanted)
+    p = odds / (1 + odds.sum(1, keepdims=True))
+    shift = []
+    for values in (p[:, 0].ravel(), p[:, 1].ravel()):
+        bins = (values * BINS).astype(int)
+        cut = best_threshold(np.bincount(bins, minlength=BINS), np.bincount(bins, values, BINS))
+        shift.append(np.log((1 - cut) / cut))
+    moved = torch.tensor(wanted + np.array(shift)[:, None, None], dtype=torch.float32)
+    different = [
+        (decision.draw(index, (6, 6)) != merge(moved[index], (6, 6))).sum() for index in range(4)
+    ]
+    assert sum(different) <= 3  # a bin's edge may be passed by rounding
 
 
 @settings(max_examples=30, deadline=None)
@@ -98,9 +175,9 @@ def test_sharpness_is_that_of_brute_force_where_labels_compete(seed: int) -> Non
     rng = np.random.default_rng(seed)
     slices = rng.normal(-1, 3, (2, 3, 8, 8))
     decision = Decision(3, 2)
-    for index, scores in enumerate(slices):
+    for index, scores in zip((0, 2), slices, strict=True):  # not neighbors
         decision.add(index, torch.tensor(scores, dtype=torch.float32), [0, 1, 2])
-    masks = np.stack([decision.draw(index, (8, 8)) for index in range(2)])
+    masks = np.stack([decision.draw(index, (8, 8)) for index in (0, 2)])
     odds = np.exp(slices)
     p = odds / (1 + odds.sum(axis=1, keepdims=True))
     for row, found in enumerate(decision.sharpness()):

@@ -226,5 +226,6 @@ def thinned(image: ImageVolume, kept: Sequence[int], axis: int) -> ImageVolume:
         image,
         voxels=voxels,
         geometry=Geometry(shape, image.geometry.affine_ras),
+        adjacent=False,
         value_range=image.value_range or grey_range(image.voxels),
     )

@@ -46,6 +46,7 @@ class ImageVolume:
         path: where it was read from.
         value_range: what the format calls black and white, or None where it does not say.
         source_ndim: 2 where the file holds a plane, else 3.
+        adjacent: whether its slices follow each other; some slices of a volume do not.
     """
 
     voxels: FloatArray
@@ -55,6 +56,7 @@ class ImageVolume:
     path: Path
     value_range: tuple[float, float] | None = None
     source_ndim: int = 3
+    adjacent: bool = True
 
 
 @dataclass(frozen=True, eq=False)

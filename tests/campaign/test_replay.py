@@ -260,6 +260,8 @@ def test_thinned_volumes_show_the_same_pictures() -> None:
     assert kept == [6, 20, 33]
     few, whole = cut(thinned(image, kept, 2), 2), cut(image, 2)
     assert len(few) == 3
+    assert image.adjacent
+    assert not thinned(image, kept, 2).adjacent
     for row, index in enumerate(kept):
         np.testing.assert_array_equal(few[row], whole[index])
 

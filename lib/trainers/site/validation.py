@@ -176,7 +176,9 @@ def _volume(case: PackedCase, rows: Sequence[int]) -> ImageVolume:
     geometry = Geometry(
         (voxels.shape[0], voxels.shape[1], voxels.shape[2]), np.diag([-1.0, -1.0, -1.0, 1.0])
     )
-    return ImageVolume(voxels, geometry, geometry, "volume", case.images, value_range=(0.0, 255.0))
+    return ImageVolume(
+        voxels, geometry, geometry, "volume", case.images, value_range=(0.0, 255.0), adjacent=False
+    )
 
 
 def _choose(cases: Sequence[PackedCase], most: int) -> list[tuple[PackedCase, list[int]]]:
