@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -350,47 +351,71 @@ def table(
     results: Annotated[list[Path], typer.Argument(help="Files of results.")],
 ) -> None:
     """Print mean and spread over seeds as Markdown: own test cases, then other places'."""
-    rows = [row for path in results for row in read_results(path)]
-    figures: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    print("\n".join(lines([row for path in results for row in read_results(path)])))
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table: a row for each test set, number of labels, and minutes of training."""
+    figures: dict[tuple[Line, str], list[float]] = defaultdict(list)
+    spent = sorted({row["minutes"] for row in rows if row["minutes"]})
     for row in rows:
-        for where, found in row["tests"].items():
-            what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
-            figures[what, row["labels"], row["method"]].append(100 * found["dice"])
-        for where, found in row.get("tests_average", {}).items():
-            figures[where, row["labels"], AVERAGE].append(100 * found["dice"])
-    methods = list(dict.fromkeys(method for _, _, method in figures))
-    print("| set | labels | " + " | ".join(methods) + " | own model - best U-Net |")
-    print("|---|---|" + "---|" * (len(methods) + 1))
-    for what, labels in sorted({key[:2] for key in figures}, key=_order):
-        cells = [_cell(figures.get((what, labels, method), [])) for method in methods]
-        print(
-            f"| {what} | {labels} | " + " | ".join(cells) + f" | {_lead(figures, what, labels)} |"
+        # what is not trained stands beside every time that others were given
+        for minutes in [row["minutes"]] if row["minutes"] else spent:
+            for where, found in row["tests"].items():
+                what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
+                one = Line(what, row["labels"], minutes)
+                figures[one, row["method"]].append(100 * found["dice"])
+            for where, found in row.get("tests_average", {}).items():
+                one = Line(where, row["labels"], minutes)
+                figures[one, AVERAGE].append(100 * found["dice"])
+    methods = list(dict.fromkeys(method for _, method in figures))
+    trained = {one for one, method in figures if method != "refseg"}
+    text = [
+        "| set | labels | minutes | " + " | ".join(methods) + " | own model - best U-Net |",
+        "|---|---|---|" + "---|" * (len(methods) + 1),
+    ]
+    for one in sorted(trained, key=Line.order):
+        cells = [_cell(figures.get((one, method), [])) for method in methods]
+        text.append(
+            f"| {one.what} | {one.labels} | {one.minutes:g} | "
+            + " | ".join(cells)
+            + f" | {_lead(figures, one)} |"
         )
-    print("\nDice in %, mean +- standard deviation over seeds (number of seeds in brackets).")
+    text.append("\nDice in %, mean ± standard deviation over seeds (number of seeds in brackets).")
     told = [f"{what}: {method} {value}" for (what, method), value in PAPER.items() if value]
-    print(
+    text.append(
         f"MatchSeg's paper (arXiv 2403.15901), on larger sets of its own split: {'; '.join(told)}."
     )
+    return text
 
 
-def _order(key: tuple[str, str]) -> tuple[bool, str, int]:
-    what, labels = key
-    return ">" in what, what, 10**6 if labels == "all" else int(labels)
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    what: str
+    labels: str
+    minutes: float
+
+    def order(self) -> tuple[bool, str, int, float]:
+        """Own test cases first; by set, labels and time."""
+        number = 10**6 if self.labels == "all" else int(self.labels)
+        return ">" in self.what, self.what, number, self.minutes
 
 
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
-    spread = f" +- {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread} ({len(values)})"
 
 
-def _lead(figures: dict[tuple[str, str, str], list[float]], what: str, labels: str) -> str:
-    own = figures.get((what, labels, "matchseg"))
+def _lead(figures: dict[tuple[Line, str], list[float]], one: Line) -> str:
+    own = figures.get((one, "matchseg"))
     nets = [
         float(np.mean(values))
-        for (where, count, method), values in figures.items()
-        if (where, count) == (what, labels) and method.split("-")[0] in KINDS
+        for (where, method), values in figures.items()
+        if where == one and method.split("-")[0] in KINDS
     ]
     return f"{np.mean(own) - max(nets):+.1f}" if own and nets else ""
 

@@ -3,8 +3,8 @@
 A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`. FILE is `reference` (the bundled
 weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
 names, and that were not, or were, trained on in their other half). Or FILE is, whatever SETS,
-`study` (`reference` against `as_trained`), `campaign`, `first`, `confidence` or `load`. The text
-around it is written by hand and left alone, so that figures are never copied by hand.
+`study` (`reference` against `as_trained`), `labels`, `campaign`, `first`, `confidence` or `load`.
+The text around it is written by hand and left alone, so that figures are never copied by hand.
 
     python benchmarks/tables.py            # fills the tables
     python benchmarks/tables.py EARLIER    # what changed since an earlier reference.json
@@ -20,10 +20,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import campaign, confidence, first_image, load
+from benchmarks import by_labels, campaign, confidence, first_image, load
 
 RESULTS = HERE / "results"
 OTHERS = {
+    "labels": lambda: "\n".join(by_labels.lines(by_labels.read(RESULTS / "by_labels.jsonl"))),
     "campaign": lambda: "\n".join(campaign.lines(sorted(RESULTS.glob("campaign/*/campaign.json")))),
     "first": lambda: "\n".join(first_image.lines(read(RESULTS / "first_image.json"))),
     "confidence": lambda: "\n".join(confidence.lines(read(RESULTS / "confidence.json")["sets"])),
