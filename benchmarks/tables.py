@@ -3,7 +3,8 @@
 A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`. FILE is `reference` (the bundled
 weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
 names, and that were not, or were, trained on in their other half). Or FILE is, whatever SETS,
-`study` (`reference` against `as_trained`), `labels`, `campaign`, `first`, `confidence` or `load`.
+`study` (`reference` against `as_trained`), `draws` (`reference` and other draws of the bank's
+slices), `labels`, `site`, `campaign`, `first`, `confidence` or `load`.
 The text around it is written by hand and left alone, so that figures are never copied by hand.
 
     python benchmarks/tables.py            # fills the tables
@@ -12,6 +13,7 @@ The text around it is written by hand and left alone, so that figures are never 
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +22,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import by_labels, campaign, confidence, first_image, load
+from benchmarks import by_labels, campaign, confidence, first_image, load, matchseg
 
 RESULTS = HERE / "results"
 OTHERS = {
     "labels": lambda: "\n".join(by_labels.lines(by_labels.read(RESULTS / "by_labels.jsonl"))),
+    "draws": lambda: "\n".join(draws()),
+    "site": lambda: "\n".join(matchseg.lines(matchseg.read_results(RESULTS / "matchseg.jsonl"))),
     "campaign": lambda: "\n".join(campaign.lines(sorted(RESULTS.glob("campaign/*/campaign.json")))),
     "first": lambda: "\n".join(first_image.lines(read(RESULTS / "first_image.json"))),
     "confidence": lambda: "\n".join(confidence.lines(read(RESULTS / "confidence.json")["sets"])),
@@ -99,6 +103,27 @@ def against(before: Rows, after: Rows) -> str:
     same = sorted(gains.keys() - set(changed))
     text = f"\n{len(gains)} sets, mean gain {mean:+.3f}. Unchanged: {', '.join(same) or 'none'}.\n"
     return "\n".join(lines) + "\n" + text
+
+
+def draws() -> list[str]:
+    """Dice at the largest k by draw of the bank's slices: `reference.json` and `draw_*.json`."""
+    files = [RESULTS / "reference.json", *sorted(RESULTS.glob("draw_*.json"))]
+    found = [(read(file)["seed"], read_rows(file)) for file in files]
+    names = sorted(set.intersection(*(set(rows) for _, rows in found)))
+    seeds = " | ".join(f"draw {seed}" for seed, _ in found)
+    lines = [
+        f"| set | k | {seeds} | mean ± standard deviation |",
+        "|---|---|" + "---|" * (len(found) + 1),
+    ]
+    for name in names:
+        k = min(max(rows[name]) for _, rows in found)
+        values = [rows[name][k]["mean"] for _, rows in found]
+        each = " | ".join(f"{value:.3f}" for value in values)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        lines.append(
+            f"| {name} | {k} | {each} | **{statistics.mean(values):.3f}** ± {spread:.3f} |"
+        )
+    return lines
 
 
 def since(before: Rows, after: Rows) -> str:

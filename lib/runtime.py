@@ -73,7 +73,12 @@ class Runtime:
     def options(self) -> Options:
         """The settings' defaults for a request."""
         chosen = self.settings
-        return Options(k=chosen.k, cap_per_case=chosen.cap_per_case, own_labels=chosen.own_labels)
+        return Options(
+            k=chosen.k,
+            cap_per_case=chosen.cap_per_case,
+            own_labels=chosen.own_labels,
+            every_slice=chosen.every_slice,
+        )
 
     @property
     def ready(self) -> bool:

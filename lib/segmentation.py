@@ -23,11 +23,13 @@ class Options:
         k: references for each slice.
         cap_per_case: at most so many references of one case; 0: no limit.
         own_labels: the image's own labelled slices are references and come back unchanged.
+        every_slice: segment all slices, also those whose two neighbors agree.
     """
 
     k: int = 8
     cap_per_case: int = 0
     own_labels: bool = True
+    every_slice: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Segmentation:
         seconds: time by stage.
         slices: number of slices.
         own_slices: slices that the user had labelled, given back as they were.
+        between: slices that were taken from their two neighbors, which agree.
         message: what a person should know; empty when all is as expected.
         evidence: what speaks for each label's mask, own slices left out.
         own_share: of each label's area, what the annotator drew.
@@ -62,6 +65,7 @@ class Segmentation:
     seconds: Mapping[str, float]
     slices: int
     own_slices: int
+    between: int = 0
     message: str = ""
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     own_share: Mapping[str, float] = field(default_factory=dict)
@@ -114,7 +118,13 @@ class Tally:
             signs[name] = (similarity, presence, quality)
 
     def count(self, index: int, values: IntArray, names: Sequence[str]) -> None:
-        """Count what was painted on slice `index`: (H, W), 0 or the label's place in names + 1."""
+        """Count what was painted by the signs of slice `index`.
+
+        Args:
+            index: as it was added.
+            values: (H, W), 0 or the label's place in names + 1.
+            names: of the labels.
+        """
         areas = np.bincount(values.ravel(), minlength=len(names) + 1)[1:]
         for name, (similarity, presence, quality) in self._signs.get(index, {}).items():
             area = int(areas[names.index(name)])

@@ -37,6 +37,7 @@ from lib.types import (
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+THIN_MM = 2.0  # of slices; between two that are not thin there may be what neither of them shows
 POOL_SLICES = 5  # slices that stand for one image in the pool: ends say little, so inner ones
 
 
@@ -211,23 +212,30 @@ class ReferenceEngine:
             study = self.study(bank) if todo else Study()
         decision = Decision(len(names), len(todo), study.shapes_of(names), adjacent=image.adjacent)
         done = 0
-        for chunk in _chunks(todo, self._batch):
-            images = [pictures[index] for index in chunk]
-            with watch("encode"):
-                features, embeddings = self._encode_and_embed(images)
-            with watch("retrieve"):
-                groups = self._matches(bank, embeddings, names, options, own_slices)
-            for row, index in enumerate(chunk):
-                self._segment_slice(
-                    bank, features[row], groups[row], names, index, study, decision, tally, watch
-                )
-            done += len(chunk)
-            if on_progress is not None:
-                on_progress(done, len(todo))
+        thin = image.kind == "volume" and image.geometry.spacing_mm[axis] <= THIN_MM
+        sparing = thin and image.adjacent and not options.every_slice
+        for part in _rounds(todo, decision) if sparing else (todo,):
+            for chunk in _chunks(part, self._batch):
+                images = [pictures[index] for index in chunk]
+                with watch("encode"):
+                    features, embeddings = self._encode_and_embed(images)
+                with watch("retrieve"):
+                    groups = self._matches(bank, embeddings, names, options, own_slices)
+                for row, index in enumerate(chunk):
+                    self._segment_slice(
+                        bank, features[row], groups[row], names, index, study, decision, tally,
+                        watch,
+                    )  # fmt: skip
+                done += len(chunk)
+                if on_progress is not None:
+                    on_progress(done + len(decision.bridged), len(todo))
+        if on_progress is not None and decision.bridged:
+            on_progress(len(todo), len(todo))
         with watch("merge"):
             for index in todo:
                 result[index] = decision.draw(index, (height, width))
-                tally.count(index, result[index], names)
+                segmented = index - 1 if index in decision.bridged else index
+                tally.count(segmented, result[index], names)
             tally.sharpen(names, decision.sharpness())
             label_map = assemble(result, axis)
             if annotation is not None:
@@ -240,6 +248,7 @@ class ReferenceEngine:
             seconds=watch.seconds,
             slices=len(pictures),
             own_slices=len(annotation.slices) if annotation is not None else 0,
+            between=len(decision.bridged),
             message=message_for(names, unknown),
             evidence={name: tally.evidence(name) for name in names},
             own_share={name: tally.own_share(name) for name in names},
@@ -316,6 +325,16 @@ def _own_slices(
     keys, embeddings = bank.embeddings(own.image_id)
     labels = tuple(name for name in names if name in annotation.labels) if keys else ()
     return _OwnSlices(own.image_id, labels, tuple(keys), embeddings)
+
+
+def _rounds(todo: Sequence[int], decision: Decision) -> Iterator[Sequence[int]]:
+    """Every other slice, then those between of which the neighbors do not agree."""
+    asked, between = set(todo), set[int]()
+    for index in todo:
+        if {index - 1, index + 1} <= asked and index - 1 not in between:
+            between.add(index)
+    yield [index for index in todo if index not in between]
+    yield [index for index in sorted(between) if not decision.bridge(index)]
 
 
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -59,6 +59,9 @@ class RefSegSettings(BaseSettings):
     own_labels: bool = Field(
         True, description="an image's own labelled slices are references and come back unchanged"
     )
+    every_slice: bool = Field(
+        False, description="segment all slices, also those whose two neighbors agree: slower"
+    )
     window: Window = Field(None, description="intensity window low,high (CT), else percentiles")
     axis: Literal["auto", "sagittal", "coronal", "axial"] = Field(
         "auto", description="the plane in which volumes are cut; auto: the coarsest spacing"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lib.decision
-from lib.decision import BINS, FLOOR, Decision, best_threshold, merge
+from lib.decision import BELIEVED, BINS, BOTTOM, FLOOR, Decision, best_threshold, merge
 
 
 def drawn(scores: torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -127,13 +127,119 @@ def test_some_slices_of_a_volume_are_no_neighbors() -> None:
     np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(hurt))
 
 
+def test_a_slice_between_two_that_agree_is_taken_from_them() -> None:
+    decision = Decision(2, 5)
+    small, large = disc(20, 6), disc(20, 7)
+    nothing = torch.full((1, 20, 20), -6.0)
+    decision.add(0, torch.cat([small, nothing]), [0, 1])
+    decision.add(2, torch.cat([large, nothing]), [0, 1])
+    decision.add(4, torch.cat([large, disc(20, 2)]), [0, 1])  # here something begins
+    assert decision.bridge(1)
+    assert not decision.bridge(3)
+    assert decision.bridged == {1}
+    between = decision.draw(1, (20, 20))
+    assert drawn(small).sum() <= (between == 1).sum() <= drawn(large).sum()
+    assert decision.draw(3, (20, 20)).sum() == 0  # left to be segmented
+
+
+def test_no_bridge_to_nowhere_nor_between_slices_that_know_other_labels() -> None:
+    decision = Decision(2, 5)
+    decision.add(0, disc(20, 6), [0])
+    assert not decision.bridge(1)
+    decision.add(2, torch.cat([disc(20, 6), disc(20, 6) - 9]), [0, 1])
+    assert not decision.bridge(1)
+    apart = Decision(1, 3, adjacent=False)
+    apart.add(0, disc(20, 6), [0])
+    apart.add(2, disc(20, 6), [0])
+    assert not apart.bridge(1)
+
+
+def test_a_bridge_keeps_a_label_unknown_that_neither_side_knows() -> None:
+    decision = Decision(2, 3)
+    decision.add(0, disc(20, 6), [1])
+    decision.add(2, disc(20, 6), [1])
+    assert decision.bridge(1)
+    assert set(np.unique(decision.draw(1, (20, 20)))) == {0, 2}
+
+
 def test_a_neighbor_that_does_not_know_a_label_says_nothing_of_it() -> None:
-    both, one = torch.cat([disc(20, 6), -disc(20, 9)]), disc(20, 6)
-    decision = Decision(2, 2)
+    both = torch.cat([disc(20, 6), -disc(20, 9)])
+    decision = Decision(2, 3)
     decision.add(0, both, [0, 1])
-    decision.add(1, one, [0])
-    np.testing.assert_array_equal(decision.draw(0, (20, 20)), drawn(both))
-    np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(one))
+    decision.add(1, both, [0, 1])
+    decision.add(2, disc(20, 6), [0])
+    np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(both))
+    np.testing.assert_array_equal(decision.draw(2, (20, 20)), drawn(disc(20, 6)))
+
+
+def test_what_one_slice_shows_amid_empty_ones_stays() -> None:
+    alone = Decision(1, 1)
+    alone.add(0, 1.5 * disc(64, 5), [0])
+    for background in (-6.0, -7.9, -11.0):
+        decision = Decision(1, 60)
+        for index in range(60):
+            nothing = torch.full((1, 64, 64), background)
+            decision.add(index, 1.5 * disc(64, 5) if index == 30 else nothing, [0])
+        found, wanted = decision.draw(30, (64, 64)), alone.draw(0, (64, 64))
+        np.testing.assert_array_equal(found, wanted)
+        assert decision.draw(29, (64, 64)).sum() == 0
+
+
+@pytest.mark.parametrize("background", [-11.0, -8.2])
+@pytest.mark.parametrize("step", [1, 2])
+def test_many_empty_slices_take_nothing_from_how_sure_a_mask_is(
+    background: float, step: int
+) -> None:
+    volume = torch.full((101, 1, 64, 64), background)
+    volume[40:45] = torch.where(disc(64, 6) > 0, 6.0, background)
+    volume[42, 0, 20:24, 20:24] = 2.0  # something that only one slice shows
+    decision = Decision(1, 101)
+    for index in range(0, 101, step):
+        decision.add(index, volume[index], [0])
+    for index in range(1, 101, step):
+        assert (
+            step == 1 or decision.bridge(index) or decision.add(index, volume[index], [0]) is None
+        )
+    assert len(decision.bridged) == (0 if step == 1 else 48)  # but where the disc begins and ends
+    painted = np.stack([decision.draw(index, (64, 64)) for index in range(101)]) > 0
+    mean = volume.clone()
+    weight = 0.8**3  # of six pairs of slices that show the disc, four agree and two do not at all
+    kept = volume.clamp_min(BOTTOM)
+    for index in range(101):
+        around = kept[max(index - 1, 0)] + kept[min(index + 1, 100)]
+        mean[index] = (kept[index] + weight * around) / (1 + 2 * weight)
+    tail = torch.tensor(background).sigmoid()
+    p = torch.where(mean <= BOTTOM, tail, mean.sigmoid()).numpy()[:, 0]
+    (found,) = decision.sharpness()
+    if step == 1:
+        wanted = 2 * p[painted].sum() / (p.sum() + painted.sum())
+        assert found == pytest.approx(wanted, abs=0.01)
+    else:  # what was between two has no tail
+        assert found > 2 * p[painted].sum() / (p.sum() + painted.sum()) - 0.01
+
+
+def test_slices_beyond_a_gap_do_not_tell_how_much_neighbors_agree() -> None:
+    hurt = disc(20, 6)
+    hurt[0, 8:12, 4:8] = -1.0
+    decision = Decision(1, 9)
+    for index, scores in enumerate((disc(20, 6), hurt, disc(20, 6))):
+        decision.add(index, scores, [0])
+    for number in range(6):
+        decision.add(10 * (number + 1), torch.roll(disc(20, 5), 10 * number, dims=2), [0])
+    np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(disc(20, 6)))
+
+
+def test_scores_may_come_after_a_slice_was_drawn() -> None:
+    hurt = disc(20, 6)
+    hurt[0, 8:12, 4:8] = -1.0
+    decision, at_once = Decision(1, 3), Decision(1, 3)
+    for index, scores in enumerate((disc(20, 6), hurt, disc(20, 6))):
+        decision.add(index, scores, [0])
+        decision.draw(index, (20, 20))
+        at_once.add(index, scores, [0])
+    np.testing.assert_array_equal(decision.draw(1, (20, 20)), at_once.draw(1, (20, 20)))
+    np.testing.assert_array_equal(decision.draw(1, (20, 20)), drawn(disc(20, 6)))
+    assert decision.sharpness() == at_once.sharpness()
 
 
 @settings(max_examples=30, deadline=None)
@@ -147,7 +253,8 @@ def test_averages_are_those_of_brute_force_in_any_order(seed: int, order: list[i
         decision.add(index, torch.tensor(slices[index], dtype=torch.float32), [0, 1])
     odds = np.exp(slices)
     p = odds / (1 + odds.sum(1, keepdims=True))
-    overlap = 2 * np.minimum(p[1:], p[:-1]).sum((0, 2, 3)) / (p[1:] + p[:-1]).sum((0, 2, 3))
+    q = np.where(p > BELIEVED, p, 0)
+    overlap = 2 * np.minimum(q[1:], q[:-1]).sum((0, 2, 3)) / (q[1:] + q[:-1]).sum((0, 2, 3))
     weight = overlap[:, None, None] ** 3
     wanted = np.stack(
         [

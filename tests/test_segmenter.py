@@ -1,6 +1,7 @@
 """The engine: which references are asked, whose labels win, and what is given back."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -104,11 +105,12 @@ class Studio:
         self.labelled: list[LabelledImage] = []
         self.engine = ReferenceEngine(self.averager, Thumbnail(), batch=4)
         self.bank = MemoryBank(folder / "bank", "test", self.engine.references_of)
+        self.thickness_mm = 3.0
 
     def image(self, name: str, seed: int = 0) -> Path:
         values = np.random.default_rng(seed).integers(0, 1000, SHAPE).astype(np.int16)
         path = self.folder / f"{name}.nii.gz"
-        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 3.0, 1.0])), path)
+        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, self.thickness_mm, 1.0])), path)
         return path
 
     def label(
@@ -122,7 +124,7 @@ class Studio:
         values = np.zeros(SHAPE, np.uint8)
         draw(values)
         label_path = self.folder / f"{name}-label.nii.gz"
-        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 3.0, 1.0])), label_path)
+        nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, self.thickness_mm, 1.0])), label_path)
         labelled = LabelledImage(name, path, label_path, names)
         self.labelled.append(labelled)
         return labelled
@@ -279,6 +281,53 @@ def test_own_slices_come_first_and_come_back_voxel_for_voxel(studio: Studio) -> 
         (own_area + (area - own_area) * believed) / area, abs=1e-4
     )
     assert studio.averager.asked == [(2, [[True], [True]])] * 4  # own slices are not computed
+
+
+def everywhere(values: np.ndarray) -> None:
+    values[2:12, 3:13] = 1
+
+
+def test_thin_slices_between_two_that_agree_are_not_segmented(studio: Studio) -> None:
+    studio.thickness_mm = 1.0
+    studio.label("a", everywhere)
+    query = studio.image("query", seed=1)
+    studio.bank.sync(studio.labelled)
+    before, steps = studio.averager.encoded, list[tuple[int, int]]()
+    found = studio.engine.segment(
+        read_image(query), studio.bank, on_progress=lambda done, total: steps.append((done, total))
+    )
+    assert (found.slices, found.between) == (6, 2)
+    assert studio.averager.encoded - before == 4
+    assert steps == [(4, 6), (6, 6)]
+    whole = studio.segment(query, every_slice=True)
+    assert whole.between == 0
+    np.testing.assert_array_equal(found.label_map, whole.label_map)
+    assert found.confidence == pytest.approx(whole.confidence)
+    some = replace(read_image(query), adjacent=False)
+    assert studio.engine.segment(some, studio.bank).between == 0
+
+
+def test_thick_slices_are_all_segmented(studio: Studio) -> None:
+    studio.label("a", everywhere)
+    assert studio.segment(studio.image("query", seed=1)).between == 0
+
+
+def test_a_slice_is_mended_by_its_neighbors_unless_they_are_none(studio: Studio) -> None:
+    def hurt(values: np.ndarray) -> None:
+        everywhere(values)
+        values[5:9, 5:9, 3] = 0
+
+    labelled = studio.label("a", hurt)
+    image = read_image(studio.image("query"))  # the same pixels: each slice finds its like
+    studio.bank.sync(studio.labelled)
+    whole, apart = (
+        studio.engine.segment(one, studio.bank, options=Options(k=1)).label_map
+        for one in (image, replace(image, adjacent=False))
+    )
+    plane = len_minus(labelled, 3)
+    assert (apart == 1).sum() == 6 * 100 - 16
+    assert (apart[..., plane] == 1).sum() == 100 - 16
+    assert (whole == 1).sum() == 6 * 100
 
 
 def test_own_labels_can_be_left_out_for_measuring(studio: Studio) -> None:

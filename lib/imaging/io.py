@@ -46,7 +46,8 @@ class ImageVolume:
         path: where it was read from.
         value_range: what the format calls black and white, or None where it does not say.
         source_ndim: 2 where the file holds a plane, else 3.
-        adjacent: whether its slices follow each other; some slices of a volume do not.
+        adjacent: False where slices were left out, so that numbers that differ by one are no
+            neighbors.
     """
 
     voxels: FloatArray

@@ -33,6 +33,7 @@ def provenance_of(runtime: Runtime, options: Options, study: Study) -> dict[str,
             "k": options.k,
             "cap_per_case": options.cap_per_case,
             "own_labels": options.own_labels,
+            "every_slice": options.every_slice,
             **chosen,
         },
     }

@@ -57,6 +57,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
                 "k": defaults.k,
                 "cap_per_case": defaults.cap_per_case,
                 "own_labels": defaults.own_labels,
+                "every_slice": defaults.every_slice,
             },
         )
         self._runtime = runtime
@@ -157,11 +158,12 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             f"The label of {image_id} is not used: {why}" for image_id, why in report.failed
         ]
         logger.info(
-            "segmented %d slices by %s: %d labels, %d own slices, %.2f s%s",
+            "segmented %d slices by %s: %d labels, %d own slices, %d between two, %.2f s%s",
             found.slices,
             params["segmenter"],
             len(found.labels),
             found.own_slices,
+            found.between,
             end - start,
             f" ({found.message})" if found.message else "",
         )
@@ -191,6 +193,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
             },
             "slices": found.slices,
             "own_slices": found.own_slices,
+            "slices_between": found.between,
             "latencies": {stage: round(value, 4) for stage, value in seconds.items()},
             "segmenter": engine.segmenter.name,
             "embedder": engine.embedder.name,

@@ -55,6 +55,7 @@ class SegmentRequest:
                 k=whole(request, "k", settings.k, 1, 64),
                 cap_per_case=whole(request, "cap_per_case", settings.cap_per_case, 0, 64),
                 own_labels=truth(request, "own_labels", settings.own_labels),
+                every_slice=truth(request, "every_slice", settings.every_slice),
             ),
             extension=_extension(request.get("result_extension")),
             compress=truth(request, "result_compress", True),

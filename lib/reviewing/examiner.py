@@ -119,7 +119,9 @@ class Examiner:
         looked: list[_Looked] = []
         study = self._engine.study(bank)
         shapes = study.shapes_of(names)
-        decisions = [Decision(len(names), len(slices), shapes) for _ in range(3)]  # and two halves
+        decisions = [  # and two halves; of a few slices, so each is judged by itself
+            Decision(len(names), len(slices), shapes, adjacent=False) for _ in range(3)
+        ]
         for start in range(0, len(slices) if names else 0, self._batch):
             chunk = slices[start : start + self._batch]
             images = [pictures[index] for index in chunk]

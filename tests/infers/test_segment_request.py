@@ -36,6 +36,7 @@ def test_clients_send_numbers_and_switches_in_many_shapes() -> None:
     assert parse(k="3").options.k == 3
     assert parse(k=3.0).options.k == 3  # OHIF knows no whole numbers
     assert parse(own_labels="False").options.own_labels is False
+    assert parse(every_slice="true").options.every_slice is True
 
 
 def test_slices_are_cut_and_windowed_as_the_references_were() -> None:
