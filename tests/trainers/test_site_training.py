@@ -31,6 +31,7 @@ from lib.trainers.site.packing import (
 )
 from lib.trainers.site.split import groups_of, split
 from lib.trainers.site.training import TrainOptions, fit
+from lib.trainers.site.validation import volume_of
 from lib.types import LabelledImage
 
 SMALL = NetworkConfig(size=64, tokens=32, heads=2, width=16, vote_dim=8)
@@ -108,6 +109,8 @@ def test_a_sparsely_labelled_volume_gives_its_annotated_slices_alone(tmp_path: P
     assert sorted(map(tuple, case.present.tolist())) == [(False, True), (True, False)]
     assert case.picture(0).shape == (SIDE, SIDE, 1)
     assert {0, 1, 2} == {int(v) for row in (0, 1) for v in np.unique(case.label_map(row))}
+    # one is from slice 7 and one from slice 9: measured side by side they are no neighbors
+    assert not volume_of(case, [0, 1]).adjacent
     share = float((case.label_map(0) > 0).mean())
     assert share == pytest.approx(15 * 15 / (40 * 30), rel=0.05)
     (whole,) = pack_cases([one], tmp_path / "packed", Rules("complete"))

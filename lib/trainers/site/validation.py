@@ -85,7 +85,7 @@ class Validator:
                 names = [name for name in case.labels if name in known]
                 if not names:
                     continue
-                found = engine.segment(_volume(case, rows), bank, labels=names, options=options)
+                found = engine.segment(volume_of(case, rows), bank, labels=names, options=options)
                 planes = cut_labels(found.label_map, AXIS)
                 truth = np.stack([case.label_map(row) for row in rows])
                 values = []
@@ -168,7 +168,7 @@ def _references(
         )
 
 
-def _volume(case: PackedCase, rows: Sequence[int]) -> ImageVolume:
+def volume_of(case: PackedCase, rows: Sequence[int]) -> ImageVolume:
     """Packed slices as one volume; pictures have rows first, volumes columns."""
     stack = np.stack([case.picture(row) for row in rows], axis=2).astype(np.float32)
     stack = stack.swapaxes(0, 1)  # (I, J, K, C)
