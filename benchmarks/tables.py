@@ -7,8 +7,8 @@ names, and that were not, or were, trained on in their other half). Or FILE is, 
 slices), `labels`, `site`, `campaign`, `first`, `confidence` or `load`.
 The text around it is written by hand and left alone, so that figures are never copied by hand.
 
-    python benchmarks/tables.py            # fills the tables
-    python benchmarks/tables.py EARLIER    # what changed since an earlier reference.json
+    python benchmarks/tables.py                    # fills the tables
+    python benchmarks/tables.py EARLIER [LATER]    # what changed since an earlier reference.json
 """
 
 import json
@@ -190,6 +190,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(since(read_rows(Path(sys.argv[1])), read_rows(RESULTS / "reference.json")))
+        earlier, later = (*map(Path, sys.argv[1:]), RESULTS / "reference.json")[:2]
+        print(since(read_rows(earlier), read_rows(later)))
     else:
         main()
