@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,8 +97,10 @@ def some(targets: Sequence[LabelledImage], slices: int) -> list[LabelledImage]:
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table: mean over draws, and their standard deviation."""
+    """The table: mean over whole draws, and their standard deviation."""
     numbers = sorted({row["labels"] for row in rows})
+    whole = Counter((row["set"], row["draw"]) for row in rows)
+    rows = [row for row in rows if whole[row["set"], row["draw"]] == len(numbers)]
     head = ["set", "cases", "draws", f"copy, {MANY}", *(f"{n}" for n in numbers)]
     head.append(f"of the way from copy to {MANY} with {FEW}")
     found = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -110,8 +113,9 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         copied = float(np.mean([r["copy"] for r in by_number[MANY]]))
         cells.append(f"{copied:.3f}")
         for n in numbers:
-            spread = float(np.std([r["dice"] for r in by_number[n]], ddof=1)) if draws > 1 else 0.0
-            cells.append(f"{means[n]:.3f} ± {spread:.3f}")
+            values = [row["dice"] for row in by_number[n]]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if draws > 1 else ""
+            cells.append(f"{means[n]:.3f}{spread}")
         cells.append(f"{(means[FEW] - copied) / (means[MANY] - copied):.0%}")
         found.append("| " + " | ".join(cells) + " |")
     return found
