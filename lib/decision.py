@@ -11,8 +11,9 @@ Adjacent slices of a volume are segmented one by one, so each has errors of its 
 structure goes on from one to the next. So a slice's scores are averaged with those of its
 neighbors, and neighbors count for more the more of the structure goes on: by the overlap of what is
 believed of adjacent slices, over the whole volume. Thin slices help each other much, thick ones
-hardly; what shows on a single thin slice is taken for an error. Where both neighbors of a thin
-slice agree, it need not be segmented at all (`Decision.bridge`).
+hardly; what shows on a single thin slice is taken for an error. Folds and nets overlap, too, but
+lie elsewhere on the next slice: what comes in many pieces is not averaged. Where both neighbors of
+a thin slice agree, it need not be segmented at all (`Decision.bridge`).
 """
 
 import tempfile
@@ -167,6 +168,9 @@ class Decision:
                 total += both * (believed + before[1]).sum(1)
             before = index, believed, known
         self._weight = (shared / total.clamp_min(1e-6)) ** CONTEXT
+        for row, shape in enumerate(self._shapes):
+            if shape.scattered:
+                self._weight[row] = 0
         self._settled = True
         if bool((self._weight > 0).any()):
             self._count_averages()

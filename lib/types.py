@@ -79,10 +79,13 @@ class Shape:
     Attributes:
         pieces: in how many pieces they come; 0: in any number, or not counted.
         closed: whether they have no holes.
+        scattered: of what nearly all masks look like: enough were seen, and they come in many
+            pieces, or in nets.
     """
 
     pieces: int = 0
     closed: bool = False
+    scattered: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import lib.decision
 from lib.decision import BELIEVED, BINS, BOTTOM, FLOOR, Decision, best_threshold, merge
+from lib.types import Shape
 
 
 def drawn(scores: torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -116,6 +117,17 @@ def test_slices_that_have_nothing_in_common_leave_each_other_alone() -> None:
         decision.add(index, scores, [0])
     for index, scores in enumerate(slices):
         np.testing.assert_array_equal(decision.draw(index, (16, 16)), drawn(scores))
+
+
+def test_what_comes_in_many_pieces_is_left_as_each_slice_shows_it() -> None:
+    whole, hurt = disc(20, 6), disc(20, 6)
+    hurt[0, 8:12, 4:8] = -1.0
+    for shape, mended in ((Shape(scattered=True), False), (Shape(), True)):
+        decision = Decision(1, 3, [shape])
+        for index in range(3):
+            decision.add(index, hurt if index == 1 else whole, [0])
+        found = decision.draw(1, (20, 20))
+        np.testing.assert_array_equal(found, drawn(whole if mended else hurt))
 
 
 def test_some_slices_of_a_volume_are_no_neighbors() -> None:

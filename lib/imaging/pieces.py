@@ -48,7 +48,8 @@ def usual_shape(seen: Iterable[Shape]) -> Shape:
     counts = np.array([shape.pieces for shape in shapes])
     few = [n for n in range(1, MOST_PIECES + 1) if ((counts <= n) & (counts > 0)).sum() >= needed]
     pieces = min(few, default=0)
-    return Shape(pieces, closed=sum(shape.closed for shape in shapes) >= needed)
+    closed = sum(shape.closed for shape in shapes) >= needed
+    return Shape(pieces, closed=closed, scattered=not pieces)
 
 
 def tidy(values: npt.NDArray[np.int32], shapes: Iterable[Shape]) -> None:

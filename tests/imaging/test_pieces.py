@@ -10,6 +10,7 @@ from lib.imaging.pieces import ENOUGH, shape_of, tidy, usual_shape
 from lib.types import Shape
 
 ANY, ONE, SOLID = Shape(), Shape(1, False), Shape(1, True)
+MANY = Shape(scattered=True)
 
 
 def blobs(*boxes: tuple[int, int, int], side: int = 40) -> np.ndarray:
@@ -60,10 +61,10 @@ def test_pieces_and_holes_are_counted_but_crumbs_and_pinholes_are_not() -> None:
         ([SOLID] * (ENOUGH - 1), ANY),
         ([SOLID] * ENOUGH, SOLID),
         ([SOLID] * 19 + [Shape(4, closed=False)], SOLID),
-        ([SOLID] * 18 + [Shape(4, closed=False)] * 2, ANY),
+        ([SOLID] * 18 + [Shape(4, closed=False)] * 2, MANY),
         ([SOLID] * 5 + [Shape(2, closed=True)] * 5, Shape(2, closed=True)),
-        ([Shape(7, closed=True)] * 20, Shape(0, closed=True)),
-        ([Shape(0, closed=False)] * 20, ANY),
+        ([Shape(7, closed=True)] * 20, Shape(closed=True, scattered=True)),
+        ([Shape(0, closed=False)] * 20, MANY),
         ([Shape(1, closed=False)] * 20, ONE),
     ],
 )
