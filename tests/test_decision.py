@@ -292,7 +292,8 @@ def test_averages_are_those_of_brute_force_in_any_order(seed: int, order: list[i
 @given(st.integers(0, 10_000))
 def test_sharpness_is_that_of_brute_force_where_labels_compete(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    slices = rng.normal(-1, 3, (2, 3, 8, 8))
+    # as they are stored: what is rounded may be painted or not, and that is not asked here
+    slices = np.round(rng.normal(-1, 3, (2, 3, 8, 8)).clip(-7, 7) * 16) / 16
     decision = Decision(3, 2)
     for index, scores in zip((0, 2), slices, strict=True):  # not neighbors
         decision.add(index, torch.tensor(scores, dtype=torch.float32), [0, 1, 2])
