@@ -12,8 +12,8 @@ structure goes on from one to the next. So a slice's scores are averaged with th
 neighbors, and neighbors count for more the more of the structure goes on: by the overlap of what is
 believed of adjacent slices, over the whole volume. Thin slices help each other much, thick ones
 hardly; what shows on a single thin slice is taken for an error. Folds and nets overlap, too, but
-lie elsewhere on the next slice: what comes in many pieces is not averaged. Where both neighbors of
-a thin slice agree, it need not be segmented at all (`Decision.bridge`).
+lie elsewhere on the next slice: what comes in many pieces is left as each slice shows it. Where
+both neighbors of a thin slice agree, it need not be segmented at all (`Decision.bridge`).
 """
 
 import tempfile
@@ -92,6 +92,8 @@ class Decision:
     def bridge(self, index: int) -> bool:
         """Take a slice from its two neighbors, if they agree on every label; whether they do."""
         if not (self._adjacent and {index - 1, index + 1} <= self._place.keys()):
+            return False
+        if any(shape.scattered for shape in self._shapes):
             return False
         (before, known), (after, also) = self._stored(index - 1), self._stored(index + 1)
         if not torch.equal(known, also):

@@ -128,6 +128,10 @@ def test_what_comes_in_many_pieces_is_left_as_each_slice_shows_it() -> None:
             decision.add(index, hurt if index == 1 else whole, [0])
         found = decision.draw(1, (20, 20))
         np.testing.assert_array_equal(found, drawn(whole if mended else hurt))
+        ends = Decision(1, 3, [shape])
+        ends.add(0, whole, [0])
+        ends.add(2, whole, [0])
+        assert ends.bridge(1) is mended
 
 
 def test_some_slices_of_a_volume_are_no_neighbors() -> None:
