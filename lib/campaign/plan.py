@@ -12,7 +12,7 @@ from lib.errors import RequestError
 from lib.retrieval.ranking import NAMES
 from lib.types import LabelledImage
 
-VERSION = 6  # counted up whenever the figures of a campaign would come out otherwise
+VERSION = 7  # counted up whenever the figures of a campaign would come out otherwise
 _OF_PARTS = 1  # so that a part and a strategy of the same seed are drawn apart
 
 

@@ -5,15 +5,16 @@ with the nearest labelled row; the next image is the one whose rows, taken toget
 coverage. Uncertainty Herding (arXiv 2412.20644) weighs the rows by their risk. The objective is
 submodular: greedy choice is within 1 - 1/e of the best set, and a gain that was computed once is an
 upper bound later. Here such bounds outlive everything that changes (labels that come and go, the
-kernel's width, the weights), so that the next image costs some hundred gains and not all of them.
-How:
+weights), so that the next image costs some hundred gains and not all of them. How:
 
 - a label comes: gains shrink, bounds stay.
 - a label goes, m falls to m': no gain grows by more than the weighted mean of m - m'.
-- the width falls by a factor a > 1: kernels k become k^a, and k^a - m^a <= a (k - m).
-- it grows, a < 1: k^a - m^a <= (k - m)^a, and the mean of that at most (mean of k - m)^a (Jensen).
 - weights w become w': no gain grows by more than the mean of (w' - w)+ (1 - m), nor by more than
   the largest w' / w.
+
+Two departures from the papers, both of which made better banks (docs/results.md): the kernel's
+width stays that of the pool, and does not narrow as labels come; and risk counts by the share of
+the images that is labelled, since what is hard to segment is a poor reference, too.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -44,7 +45,6 @@ class _State:
     """What a pick changes; copied before a batch, put back after it."""
 
     centers: Centers
-    width: float
     weights: Floats  # (T,)
     covered: FloatArray  # (L, T)
     bounds: Floats  # (M,) no gain is higher
@@ -53,7 +53,6 @@ class _State:
     def copy(self) -> "_State":
         return _State(
             self.centers.copy(),
-            self.width,
             self.weights,
             self.covered.copy(),
             self.bounds.copy(),
@@ -68,12 +67,11 @@ class Herding:
         pool: the images.
         seed: orders equal gains, and draws the samples below.
         labels: names that an image must be annotated for; coverage is the mean over them.
-        weighting: "even", or "risk": the more of the pool is covered, the more a row counts by its
-            risk. The share is the coverage by the kernel of the start, so nothing is to be set.
+        weighting: "even", or "risk": the more of the pool is labelled, the more a row counts by its
+            risk.
         kernel: "smooth", exp(-(1 - cos) / width), or "ball", 1 where 1 - cos <= width.
-        width: of the kernel; None takes it from the data: the median of 1 - cos from a region to
-            the nearest labelled one (without labels: between different images), in steps of the
-            square root of two. So the kernel narrows as labels grow.
+        width: of the kernel; None takes it from the data: the median of 1 - cos between rows of
+            different images.
         max_targets: coverage is measured on at most so many rows, a random sample of more. (The
             error of a mean of 2,048 is below 1 %.)
         max_candidates: images with together about so many rows compete, a random sample of more.
@@ -95,7 +93,6 @@ class Herding:
         self._seed = seed
         self._weighting = weighting
         self._ball = kernel == "ball"
-        self._fixed_width = width
         self._max_candidates = max_candidates
         generator = np.random.default_rng(seed)
         self._order = generator.permutation(len(pool))  # of ties, and who competes
@@ -105,13 +102,12 @@ class Herding:
             rows = np.sort(generator.choice(len(rows), max_targets, replace=False))
         self._targets = np.ascontiguousarray(pool.vectors[rows])
         self._owners = pool.owners[rows]
-        self._first_width = width if width is not None else self._spread(generator)
+        self._width = width if width is not None else self._spread(generator)
         self._risk: Mapping[str, float] = {}
         self._known = np.full(len(rows), np.nan)  # risk of each target's image
         centers = Centers(pool, self._targets, labels)
         self._state = _State(
             centers=centers,
-            width=self._first_width,
             weights=np.ones(len(rows)),
             covered=np.zeros_like(centers.nearest),
             bounds=np.full(len(pool), np.inf),
@@ -130,7 +126,7 @@ class Herding:
         state = self._state
         gone = state.centers.remove(ids)
         before = state.covered
-        state.covered = self._kernel(state.centers.nearest, state.width)
+        state.covered = self._kernel(state.centers.nearest)
         state.bounds += float(((before - state.covered) * state.weights).mean(dtype=np.float64))
         state.bounds[list(gone)] = np.inf
         self._follow()
@@ -162,12 +158,6 @@ class Herding:
 
     # -- the parts ----------------------------------------------------------------------------
 
-    @property
-    def coverage(self) -> float:
-        """How much of the pool is covered by the kernel of the width at the start, 0..1."""
-        nearest = self._state.centers.nearest
-        return float(self._kernel(nearest, self._first_width).mean()) if nearest.size else 0.0
-
     def _spread(self, generator: np.random.Generator) -> float:
         """Median of 1 - cos between slices of different images."""
         chosen = np.arange(len(self._targets))
@@ -176,35 +166,18 @@ class Herding:
         sample, owners = self._targets[chosen], self._owners[chosen]
         others = owners[:, None] != owners[None, :]
         distances = (1 - sample @ sample.T)[others]
-        return _step(float(np.median(distances))) if len(distances) else 1.0
+        return max(float(np.median(distances)), _SAME) if len(distances) else 1.0
 
-    def _data_width(self) -> float:
-        if self._fixed_width is not None:
-            return self._fixed_width
-        nearest = self._state.centers.nearest
-        distances = 1 - nearest[np.isfinite(nearest)]
-        distances = distances[distances > _SAME]  # the labelled ones themselves
-        return _step(float(np.median(distances))) if len(distances) else self._first_width
-
-    def _kernel(self, cosines: FloatArray, width: float) -> FloatArray:
+    def _kernel(self, cosines: FloatArray) -> FloatArray:
         if self._ball:
-            return (cosines >= 1 - width).astype(np.float32)
-        values = (cosines - 1) / np.float32(width)
+            return (cosines >= 1 - self._width).astype(np.float32)
+        values = (cosines - 1) / np.float32(self._width)
         return np.exp(np.minimum(values, 0, out=values), out=values)
 
     def _follow(self) -> None:
-        """Bring width, weights and bounds in step with the centers."""
+        """Bring weights and bounds in step with the centers."""
         state = self._state
-        width = self._data_width()
-        if width != state.width:
-            ratio = state.width / width
-            if ratio > 1:
-                state.bounds *= ratio
-            else:
-                mean = max(float(state.weights.mean()), 1e-12) if len(state.weights) else 1.0
-                state.bounds = mean * (state.bounds / mean) ** ratio
-            state.width = width
-        state.covered = self._kernel(state.centers.nearest, width)
+        state.covered = self._kernel(state.centers.nearest)
         if self._weighting == "risk" and len(state.weights):
             weights = self._risk_weights()
             added = float((np.maximum(weights - state.weights, 0) * (1 - state.covered)).mean())
@@ -216,12 +189,12 @@ class Herding:
         state.fresh[:] = False
 
     def _risk_weights(self) -> Floats:
-        """(T,) of mean 1: even at the start, in proportion to risk when all is covered."""
+        """(T,) of mean 1: even at the start, in proportion to risk when all is labelled."""
         centers = self._state.centers
-        curve = RiskCurve(self._first_width).fit(centers, self._pool, self._risk, self._seed)
+        curve = RiskCurve(self._width).fit(centers, self._pool, self._risk, self._seed)
         risk = curve(1 - centers.nearest.min(axis=0))
         risk = np.where(np.isnan(self._known), risk, self._known)
-        share = self.coverage
+        share = 1 - float(centers.lacking().mean())
         mean = float(risk.mean())
         return (1 - share) + share * risk / mean if mean > 0 else np.ones(len(risk))
 
@@ -276,7 +249,7 @@ class Herding:
             cosines = cosines.reshape(len(images), int(counts[0]), -1).max(axis=1)
         else:
             cosines = np.maximum.reduceat(cosines, np.cumsum(counts) - counts, axis=0)
-        return self._kernel(cosines, self._state.width)
+        return self._kernel(cosines)
 
     def _gains(self, kernels: FloatArray, lacking: npt.NDArray[np.bool_]) -> Floats:
         """(B,) weighted mean over labels and targets of what each row of (B, T) adds."""
@@ -328,7 +301,7 @@ class Herding:
         start, stop = self._pool.starts[image], self._pool.starts[image + 1]
         cosines = self._pool.vectors[start:stop] @ self._targets.T
         cosines = cosines.reshape(-1, self._pool.regions, cosines.shape[1]).max(axis=1)
-        kernels = self._kernel(cosines, state.width)
+        kernels = self._kernel(cosines)
         numbers = self._pool.slices[start : stop : self._pool.regions]
         covered = state.covered[state.centers.lacking()[:, image]].min(axis=0)
         left = list(range(len(kernels)))
@@ -342,8 +315,3 @@ class Herding:
             covered = np.maximum(covered, kernels[best])
             told.append(int(numbers[best]))
         return tuple(told)
-
-
-def _step(width: float) -> float:
-    """To the next power of the square root of two: small changes of the data change nothing."""
-    return float(2.0 ** (round(2 * np.log2(max(width, 1e-3))) / 2))

@@ -21,7 +21,7 @@ The contract between strategies and the campaign simulator, pure: ids and vector
 | kcenter | the farthest from all labels (core-set, Sener 2018) |
 | coverage | greedy kernel coverage (MaxHerding, Bae 2024) |
 | uncertainty | the highest risk: where the references would do worst |
-| refseg | coverage, then coverage of what is at risk, as the labels cover more (Bae 2025) |
+| refseg | coverage, then coverage of what is at risk, as more is labelled (after Bae 2025) |
 """
 
 from collections.abc import Mapping, Sequence
