@@ -46,6 +46,12 @@ class RefSegSettings(BaseSettings):
     site_average: bool = Field(
         False, description="average the model trained here with the other segmenter: slower"
     )
+    train_after: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="a training starts by itself when so many more images are labelled (0: never)",
+    )
 
     labels: Names = Field((), description="label names to segment, comma-separated; else all seen")
     tags: Names = Field(("final",), description="label tags that count as references")

@@ -41,6 +41,7 @@ from lib.site.store import ModelStore
 from lib.strategies.ranked import PEERS, Desk, RankedStrategy
 from lib.studies.datastore import StudiesDatastore, label_names, labelled_images
 from lib.studies.dicomweb_store import open_dicomweb
+from lib.trainers.automatic import AutomaticTraining
 from lib.trainers.matchseg import MatchSegTrainer
 from lib.types import LabelledImage
 
@@ -63,6 +64,9 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             bank_root=rooms / "bank",
             studies=studies,
             list_labels=self._labelled,
+        )
+        self._training = AutomaticTraining(
+            self._site.store, self._settings.train_after, lambda: len(self._labelled())
         )
         self._desk = Desk(self._runtime)
         self._reviewer = Reviewer(self._runtime)
@@ -163,6 +167,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         self._runtime.sync_soon(self._labelled)
         self._site.sync_soon()
         self._task.announce(image_id, names)
+        self._training.label_saved()
         return {"refseg": "being learned; the next segmentation refers to it"}
 
     def _labelled(self) -> list[LabelledImage]:

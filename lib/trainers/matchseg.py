@@ -1,6 +1,7 @@
 """Trainer `matchseg`: a request becomes checked options, a training the platform's answer."""
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.errors import RefSegError, RequestError
+from lib.machine import let_others_first
 from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
@@ -28,6 +30,7 @@ from lib.trainers.site.training import (
 logger = logging.getLogger(__name__)
 
 STARTS = ("bundled", "scratch")
+OWN_PROCESS = "monailabel.interfaces.utils.app"  # what the platform runs there
 
 
 class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untyped
@@ -80,6 +83,8 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
         Raises:
             HTTPException: 422 with a sentence; the platform shows it in the task's last lines.
         """
+        if _in_own_process():  # whose annotators wait for the server
+            let_others_first()
         try:
             return run_request(request, self._site, self._settings, datastore)
         except RefSegError as error:
@@ -161,6 +166,11 @@ def parse_options(request: Mapping[str, Any]) -> TrainOptions:
         several_gpus=truth(request, "multi_gpu", True),
         resume=truth(request, "resume", True),
     )
+
+
+def _in_own_process() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name == OWN_PROCESS
 
 
 def _size(request: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -229,3 +230,44 @@ def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(
     finally:
         subprocess.run(["umount", str(site.models)], check=True)
     assert site.store.versions() == before
+
+
+def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_first(
+    tmp_path: Path,
+) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for seed in range(7):
+        write_picture(studies / f"p{seed}.png", seed)
+    models = tmp_path / "models"
+    server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
+    try:
+        site = Site(server, models)
+        tasks = f"{server.url}/train/?all=true"
+        for seed in range(4):
+            submit(site, f"p{seed}", seed, tmp_path)
+        submit(site, "p3", 3, tmp_path)  # the same image once more is no more labels
+        time.sleep(1)
+        assert requests.get(tasks, timeout=60).status_code == 404
+        submit(site, "p4", 4, tmp_path)
+        progress = site.store.folder / "training" / "progress.json"
+        end = time.monotonic() + PATIENCE_S
+        while not progress.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        told = json.loads(progress.read_text())
+        assert told["running"]
+        assert told["images"] == 5
+        (child,) = requests.get(tasks, timeout=60).json()
+        assert (child["status"], child["request"]["model"]) == ("RUNNING", "matchseg")
+        assert psutil.Process(told["pid"]).nice() > psutil.Process().nice()
+        submit(site, "p5", 5, tmp_path)  # while it runs
+        assert requests.delete(f"{server.url}/train/", timeout=60).ok
+        submit(site, "p6", 6, tmp_path)  # seven are not five more than five
+        time.sleep(1)
+        assert len(requests.get(tasks, timeout=60).json()) == 1
+        (serving,) = [
+            p for p in psutil.Process().children(recursive=True) if "start_server" in p.cmdline()
+        ]
+        assert serving.nice() == psutil.Process().nice()
+    finally:
+        server.stop()

@@ -309,6 +309,7 @@ def _write_progress(job: SiteJob, state: _State, *, running: bool) -> None:
         "best_metric": round(max(0.0, state.best), 4),
         "best_epoch": state.best_epoch,
         "seconds": round(state.spent, 1),
+        "images": len(job.training) + len(job.validation),
         "running": running,
         "pid": os.getpid(),
     }

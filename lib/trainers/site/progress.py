@@ -23,6 +23,7 @@ class TrainingProgress:
         best: best mean Dice in validation, 0..1.
         best_epoch: when that was.
         seconds: of training.
+        images: labelled images that it has, to learn from and to measure on.
         running: its process is alive, and has not said that it is done.
     """
 
@@ -31,6 +32,7 @@ class TrainingProgress:
     best: float
     best_epoch: int
     seconds: float
+    images: int
     running: bool
 
 
@@ -55,6 +57,7 @@ def read_progress(folder: Path) -> TrainingProgress | None:
             best=float(told["best_metric"]),
             best_epoch=int(told.get("best_epoch", 0)),
             seconds=float(told["seconds"]),
+            images=int(told.get("images", 0)),
             running=bool(told["running"]) and is_running(int(told["pid"])),
         )
     except FileNotFoundError:
