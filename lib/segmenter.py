@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lib.annotation import Annotation, put_back, read_annotation
+from lib.contours import Contours
 from lib.decision import Decision
 from lib.errors import RequestError
 from lib.examples import examples_of
@@ -208,6 +209,7 @@ class ReferenceEngine:
         if annotation is not None and annotation.axis == axis and annotation.labels >= set(names):
             todo = [index for index in todo if index not in set(annotation.slices)]
         own_slices = _own_slices(bank, own, names, annotation)
+        contours = _contours(annotation, image, axis, names)
         with watch("study"):
             study = self.study(bank) if todo else Study()
         decision = Decision(len(names), len(todo), study.shapes_of(names), adjacent=image.adjacent)
@@ -223,8 +225,8 @@ class ReferenceEngine:
                     groups = self._matches(bank, embeddings, names, options, own_slices)
                 for row, index in enumerate(chunk):
                     self._segment_slice(
-                        bank, features[row], groups[row], names, index, study, decision, tally,
-                        watch,
+                        bank, features[row], groups[row], names, index, study, contours, decision,
+                        tally, watch,
                     )  # fmt: skip
                 done += len(chunk)
                 if on_progress is not None:
@@ -292,6 +294,7 @@ class ReferenceEngine:
         names: tuple[str, ...],
         index: int,
         study: Study,
+        contours: Contours | None,
         decision: Decision,
         tally: Tally,
         watch: Stopwatch,
@@ -309,7 +312,10 @@ class ReferenceEngine:
                 known = known[:, rows]
             prediction = self.segmenter.segment(features, memories, known, study)
         with watch("merge"):
-            decision.add(index, prediction.scores, rows.tolist())
+            scores = prediction.scores
+            if contours is not None:
+                scores = scores + contours.scores(index, scores.shape[-1])[rows]
+            decision.add(index, scores, rows.tolist())
             tally.add(index, prediction, [names[row] for row in rows], matches, known)
 
 
@@ -325,6 +331,25 @@ def _own_slices(
     keys, embeddings = bank.embeddings(own.image_id)
     labels = tuple(name for name in names if name in annotation.labels) if keys else ()
     return _OwnSlices(own.image_id, labels, tuple(keys), embeddings)
+
+
+def _contours(
+    annotation: Annotation | None, image: ImageVolume, axis: int, names: Sequence[str]
+) -> Contours | None:
+    """What the annotated slices say of those between, if there are any between."""
+    if annotation is None or annotation.axis != axis or not image.adjacent:
+        return None
+    if len(annotation.slices) < 2:
+        return None
+    spacing = image.geometry.spacing_mm
+    across = [size for place, size in enumerate(spacing) if place != axis]
+    return Contours(
+        cut_labels(annotation.label_map, axis),
+        annotation.slices,
+        [annotation.values.get(name, -1) if name in annotation.labels else None for name in names],
+        slice_mm=spacing[axis],
+        pixel_mm=(across[0] * across[1]) ** 0.5,
+    )
 
 
 def _rounds(todo: Sequence[int], decision: Decision) -> Iterator[Sequence[int]]:
