@@ -84,6 +84,8 @@ def _one(
     """Distance of slices, and Dice by the three ways; nothing where no slice is between."""
     truth, axis = true_map(target)
     shown = np.flatnonzero(truth.any((1, 2)))
+    if not len(shown):
+        return []
     own = sorted({*shown[::number].tolist(), int(shown[-1])})
     between = [i for i in range(own[0], own[-1]) if i not in own]
     if not between:
@@ -93,9 +95,9 @@ def _one(
     bank = MemoryBank(folder / "bank", engine.segmenter.fingerprint, engine.references_of)
     bank.sync([label, *source.bank[:references]])
     maps = []
-    for contours in (engine_module.Contours, None):
+    for contours in (True, False):
         kept = engine_module._contours
-        if contours is None:
+        if not contours:
             engine_module._contours = lambda *_: None
         try:
             found = engine.segment(image, bank, labels=source.names, options=Options(), own=label)

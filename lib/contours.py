@@ -4,11 +4,12 @@ Between two labelled slices a structure's contour moves from the one to the othe
 distance is interpolated, as shape-based interpolation does (Raya and Udupa 1990), and becomes
 log-odds by how far contours stray from it: by the annotator's own slices, each left out in turn and
 interpolated by its neighbors. Close slices of a smooth structure say nearly all, distant or ragged
-ones hardly anything, and the network's scores, to which they are added, say the rest.
+ones little, and the network's scores, to which they are added, say the rest.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,26 @@ LOGISTIC = 1.7  # log-odds of x standard deviations of a normal distribution, by
 SURE = 8.0  # log-odds at most
 NOWHERE = 4.0  # log-odds against a label that neither slice shows, times their distance
 _MAPS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class _Stray:
+    """Variance of a contour between two slices, in working pixels, over share * (1 - share).
+
+    Attributes:
+        believed: before anything was measured, of slices next to each other; goes with gap^2.
+        measured: sum over the slices left out, by gap: a contour is taken for a random walk, since
+            what was measured over double the gap would else make jitter look small.
+        count: of them.
+    """
+
+    believed: float
+    measured: float
+    count: int
+
+    def over(self, gap: int) -> float:
+        """Of slices so far apart."""
+        return (WORTH * self.believed * gap**2 + self.measured * gap) / (WORTH + self.count)
 
 
 class Contours:
@@ -55,7 +76,7 @@ class Contours:
         self._pixel_mm = pixel_mm
         self._side = 0
         self._kept: OrderedDict[tuple[int, int], FloatArray | None] = OrderedDict()
-        self._strays: dict[int, float] = {}
+        self._strays: dict[int, _Stray] = {}
 
     def scores(self, index: int, side: int) -> torch.Tensor:
         """Log-odds (L, side, side) of a slice; zero where nothing is said, as beyond the ends."""
@@ -69,16 +90,15 @@ class Contours:
             return found
         low, high = int(self._slices[after - 1]), int(self._slices[after])
         gap, share = high - low, (index - low) / (high - low)
-        for row, value in enumerate(self._values):
-            if value is None:
-                continue
+        asked = [row for row, value in enumerate(self._values) if value is not None]
+        strays = {row: self._stray(row) for row in asked}  # once, before these slices are kept
+        for row in asked:
             distance, vague = self._between(row, low, high, index)
             if distance is None:
                 found[row] = -NOWHERE / gap
                 continue
-            strays = self._stray(row) * gap**2 * share * (1 - share)
-            deviation = (strays + self._grain() + vague) ** 0.5
-            odds = np.clip(LOGISTIC / deviation * distance, -SURE, SURE)
+            variance = strays[row].over(gap) * share * (1 - share) + self._grain() + vague
+            odds = np.clip(LOGISTIC / variance**0.5 * distance, -SURE, SURE)
             found[row] = torch.from_numpy(odds)
         return found
 
@@ -104,13 +124,13 @@ class Contours:
         assert before is not None
         return before * np.float32(1 - share) + after * np.float32(share), vague
 
-    def _stray(self, row: int) -> float:
-        """Variance of a contour half-way, over gap^2 / 4: by slices left out, and the belief."""
+    def _stray(self, row: int) -> "_Stray":
+        """How far a label's contour strays: by slices left out, and the belief."""
         if row in self._strays:
             return self._strays[row]
         height, width = self._maps.shape[1:]
         working_mm = self._pixel_mm * (height * width) ** 0.5 / self._side
-        found = [WORTH * (SLOPE * self._slice_mm / working_mm) ** 2]
+        found: list[float] = []
         inner = range(1, len(self._slices) - 1)
         for place in inner[:: -(-len(inner) // MOST_LEFT_OUT) or 1]:
             low, middle, high = (int(n) for n in self._slices[place - 1 : place + 2])
@@ -125,8 +145,9 @@ class Contours:
             near = off <= max(NEAR, float(off.min()) + 0.5)
             gap, share = high - low, (middle - low) / (high - low)
             missed = max(0.0, float(np.square(truth[near]).mean()) - self._grain())
-            found.append(missed / (gap**2 * share * (1 - share)))
-        self._strays[row] = sum(found) / (len(found) - 1 + WORTH)
+            found.append(missed / (gap * share * (1 - share)))
+        believed = (SLOPE * self._slice_mm / working_mm) ** 2
+        self._strays[row] = _Stray(believed, sum(found), len(found))
         return self._strays[row]
 
     def _grain(self) -> float:
@@ -141,18 +162,20 @@ class Contours:
             shown = torch.from_numpy(self._maps[index] == self._values[row])[None, None].float()
             size = (self._side, self._side)
             shares = F.interpolate(shown, size=size, mode="bilinear", antialias=True)
-            self._kept[key] = _signed(shares[0, 0].numpy() >= 0.5)
-            while len(self._kept) > _MAPS_KEPT:
+            self._kept[key] = _signed(shares[0, 0].numpy())
+            while len(self._kept) > max(_MAPS_KEPT, 2 * len(self._values)):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
 
-def _signed(mask: npt.NDArray[np.bool_]) -> FloatArray | None:
+def _signed(shares: FloatArray) -> FloatArray | None:
     from scipy.ndimage import distance_transform_edt
 
-    if not mask.any():
+    most = float(shares.max())
+    if most <= 0:
         return None
+    mask: npt.NDArray[np.bool_] = shares >= min(0.5, most / 2)  # thinner than a pixel: still there
     if mask.all():
         return np.full(mask.shape, len(mask), np.float32)
     inside, outside = distance_transform_edt(mask), distance_transform_edt(~mask)

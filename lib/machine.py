@@ -1,11 +1,12 @@
 """What this machine has left, and what runs on it."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")  # of version 2: what a container or a service may take
-_NICE = 10  # a ninth of the time that others get, while they want it
+_BEHIND = 10  # steps of nice: a ninth of the time that others get, while they want it
 
 
 def free_bytes() -> int:
@@ -26,9 +27,14 @@ def free_bytes() -> int:
 
 
 def let_others_first() -> None:
-    """This process and those that it starts compute when no other wants to, from now on."""
+    """Ask for less of the processor than others get, for all threads that are started from now on.
+
+    Where the machine does not allow that, all stays as it was.
+    """
+    process = psutil.Process()
     windows = getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", None)
-    psutil.Process().nice(_NICE if windows is None else windows)
+    with suppress(psutil.Error, OSError):
+        process.nice(min(19, process.nice() + _BEHIND) if windows is None else windows)
 
 
 def is_running(pid: int) -> bool:

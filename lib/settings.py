@@ -50,7 +50,7 @@ class RefSegSettings(BaseSettings):
         0,
         ge=0,
         le=100_000,
-        description="a training starts by itself when so many more images are labelled (0: never)",
+        description="a label starts a training when so many more images are labelled (0: never)",
     )
 
     labels: Names = Field((), description="label names to segment, comma-separated; else all seen")

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lib.contours as contours_module
 from lib.contours import NOWHERE, SURE, Contours
 from lib.types import IntArray
 
@@ -92,6 +93,30 @@ def test_nothing_is_said_of_unknown_labels_own_slices_and_beyond_the_ends() -> N
     for index in (0, 1, 2, 6, 7, 8):
         assert (said.scores(index, SIDE) == 0).all()
     assert (said.scores(3, SIDE) != 0).any()
+
+
+@pytest.mark.parametrize("place", [(31, 31), (30, 33)])
+def test_what_is_thinner_than_a_working_pixel_is_there_all_the_same(place: tuple[int, int]) -> None:
+    maps = np.zeros((3, 4 * SIDE, 4 * SIDE), np.int32)
+    maps[:, 4 * place[0] + 1, 20:-20] = 1
+    odds = contours(maps, [0, 2]).scores(1, SIDE)[0].numpy()
+    assert (odds[place[0], 8:-8] > 0).all()
+    assert (odds[[place[0] - 3, place[0] + 3]] < 0).all()
+
+
+def test_many_labels_are_not_measured_again_for_each_slice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels, made = 80, [0]
+    maps = np.tile(np.arange(1, 2 * SIDE + 1, dtype=np.int32)[None, :, None], (9, 1, SIDE))
+    said = Contours(maps, [0, 8], list(range(1, labels + 1)), slice_mm=1, pixel_mm=1)
+    real = contours_module._signed
+    monkeypatch.setattr(
+        contours_module, "_signed", lambda s: made.__setitem__(0, made[0] + 1) or real(s)
+    )
+    for index in range(1, 8):
+        said.scores(index, 32)
+    assert made[0] == 2 * labels
 
 
 def test_two_labels_are_told_apart_and_a_full_slice_is_a_shape_like_others() -> None:

@@ -34,6 +34,7 @@ _LOOK_GROWTH = 2
 _GAIN_DECIMALS = 6  # below, differences are rounding of the matrix product, hence ties
 _WIDTH_SAMPLE = 1024
 _SAME = 1e-4  # 1 - cos of what is the same picture
+_NARROWEST = 1e-3  # width of a kernel; rounding would count below
 _PART = 0.25  # of an image must be nearer to be told as covered better
 SLICES_TOLD = 3
 
@@ -166,7 +167,8 @@ class Herding:
         sample, owners = self._targets[chosen], self._owners[chosen]
         others = owners[:, None] != owners[None, :]
         distances = (1 - sample @ sample.T)[others]
-        return max(float(np.median(distances)), _SAME) if len(distances) else 1.0
+        distances = distances[distances > _SAME]  # empty corners, the same on all pictures
+        return max(float(np.median(distances)), _NARROWEST) if len(distances) else 1.0
 
     def _kernel(self, cosines: FloatArray) -> FloatArray:
         if self._ball:

@@ -23,6 +23,7 @@ from PIL import Image
 from lib.models.network import MatchSegNet, NetworkConfig
 from lib.runtime import studies_name
 from lib.site.store import ModelCard, ModelStore
+from lib.trainers.site.training import is_training
 from tests.apps.phantoms import ball, dice, write_picture, write_picture_labels
 from tests.apps.server_process import Server
 
@@ -261,9 +262,12 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         assert (child["status"], child["request"]["model"]) == ("RUNNING", "matchseg")
         assert psutil.Process(told["pid"]).nice() > psutil.Process().nice()
         submit(site, "p5", 5, tmp_path)  # while it runs
+        assert is_training(progress.parent)
         assert requests.delete(f"{server.url}/train/", timeout=60).ok
+        while is_training(progress.parent) and time.monotonic() < end:
+            time.sleep(0.2)
         submit(site, "p6", 6, tmp_path)  # seven are not five more than five
-        time.sleep(1)
+        time.sleep(3)
         assert len(requests.get(tasks, timeout=60).json()) == 1
         (serving,) = [
             p for p in psutil.Process().children(recursive=True) if "start_server" in p.cmdline()

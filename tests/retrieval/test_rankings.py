@@ -243,6 +243,10 @@ def test_the_width_is_that_of_the_distances_in_the_data():
     assert ranking._width == pytest.approx(np.median(distances), rel=1e-3)
     alike = PoolView.of({f"i{n}": vectors[:1] for n in range(3)})
     assert len(Herding(alike, 0).next(n=3)) == 3
+    # corners that are empty on all pictures say nothing of how far apart pictures are
+    corners = {f"i{n:02d}": vectors[[0, 0, 0, n + 1]] for n in range(40)}
+    scores = [one.score for one in Herding(PoolView.of(corners), 0).next(n=5)]
+    assert len(set(scores)) == 5
 
 
 def test_risks_of_many_rows_are_learned_from_some_of_them():

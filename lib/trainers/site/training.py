@@ -30,6 +30,7 @@ from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
 WORKROOM = "training"  # folder beside the versions: data, checkpoint, progress
 SCRATCH_RATE = 1e-3  # of all layers, where nothing was learned before
 MOST_UNLABELLED = 64
@@ -277,11 +278,22 @@ def _make(room: Path) -> None:
         raise TrainingError(msg) from error
 
 
+def is_training(room: Path) -> bool:
+    """Whether a process holds the folder of a training; one that was killed does not."""
+    if not (room / LOCK).exists():
+        return False
+    try:
+        with FileLock(room / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @contextmanager
 def _alone(room: Path) -> Iterator[None]:
     """One training at a time; the lock of one that was killed is free again."""
     _make(room)
-    lock = FileLock(room / ".lock", timeout=0)
+    lock = FileLock(room / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
