@@ -270,7 +270,9 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         time.sleep(3)
         assert len(requests.get(tasks, timeout=60).json()) == 1
         (serving,) = [
-            p for p in psutil.Process().children(recursive=True) if "start_server" in p.cmdline()
+            process
+            for process in psutil.Process().children(recursive=True)
+            if {"start_server", str(studies)} <= set(process.cmdline())
         ]
         assert serving.nice() == psutil.Process().nice()
     finally:
