@@ -174,8 +174,7 @@ def test_no_path_of_a_machine_is_in_the_tree() -> None:
     named = [
         path.relative_to(ROOT).as_posix()
         for path in tracked()
-        if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".cff", ""}
-        and home.search(path.read_bytes())
+        if path.suffix not in {".png", ".safetensors"} and home.search(path.read_bytes())
     ]
     assert not named
 
