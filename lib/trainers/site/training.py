@@ -293,7 +293,7 @@ def is_training(room: Path) -> bool:
 def _alone(room: Path) -> Iterator[None]:
     """One training at a time; the lock of one that was killed is free again."""
     _make(room)
-    lock = FileLock(room / LOCK, timeout=0)
+    lock = FileLock(room / LOCK, timeout=1)  # `is_training` holds it for a moment
     try:
         lock.acquire()
     except Timeout as error:
