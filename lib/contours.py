@@ -127,7 +127,7 @@ class Contours:
         assert before is not None
         return before * np.float32(1 - share) + after * np.float32(share), vague
 
-    def _stray(self, row: int) -> "_Stray":
+    def _stray(self, row: int) -> _Stray:
         """How far a label's contour strays: by slices left out, and the belief."""
         if row in self._strays:
             return self._strays[row]

@@ -12,9 +12,9 @@ weights), so that the next image costs some hundred gains and not all of them. H
 - weights w become w': no gain grows by more than the mean of (w' - w)+ (1 - m), nor by more than
   the largest w' / w.
 
-Two departures from the papers, both of which made better banks (docs/results.md): the kernel's
-width stays that of the pool, and does not narrow as labels come; and risk counts by the share of
-the images that is labelled, since what is hard to segment is a poor reference, too.
+Two departures from the papers (why: docs/results.md): the kernel's width stays that of the pool,
+since one that narrows as labels come gained nothing; and risk counts by the share of the images
+that is labelled, since what is hard to segment is a poor reference, too.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
