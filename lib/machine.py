@@ -1,5 +1,8 @@
 """What this machine has left, and what runs on it."""
 
+import os
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")  # of version 2: what a container or a service may take
 _BEHIND = 10  # steps of nice: a ninth of the time that others get, while they want it
+_LOOK_S = 1.0  # between two looks at a process
 
 
 def free_bytes() -> int:
@@ -35,6 +39,20 @@ def let_others_first() -> None:
     windows = getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", None)
     with suppress(psutil.Error, OSError):
         process.nice(min(19, process.nice() + _BEHIND) if windows is None else windows)
+
+
+def end_with_parent() -> None:
+    """End this process at once, wherever it is, when the one that started it is gone."""
+    parent = psutil.Process().parent()
+    if parent is not None:
+        threading.Thread(target=_wait_and_end, args=(parent,), name="parent", daemon=True).start()
+
+
+def _wait_and_end(parent: psutil.Process) -> None:
+    with suppress(psutil.Error):
+        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 def is_running(pid: int) -> bool:

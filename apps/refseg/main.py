@@ -108,13 +108,20 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         return StudiesDatastore(self.studies, copies=copies, keep=self._settings.history)
 
     def init_infers(self) -> dict[str, InferTask]:
-        """One task, whatever the networks, and one for the site's own model."""
+        """One task, whatever the networks, and one for the site's own model.
+
+        Clients run the first that there is unless told otherwise, so the site's model comes first:
+        it is hidden until one is there, and only one that beats the bundled network is published.
+        Nobody has compared it with SAM 2.
+        """
         self._task = RefSeg(
             self._runtime,
             self._labelled,
             lambda found: self._reviewer.confidence(found.evidence, found.own_share),
         )
         own = MatchSeg(self._site, self._task, self._runtime, self._labelled)
+        if self._runtime.names()[0] == "matchseg":
+            return {"matchseg": own, "refseg": self._task}
         return {"refseg": self._task, "matchseg": own}
 
     def init_trainers(self) -> dict[str, TrainTask]:

@@ -13,7 +13,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.errors import RefSegError, RequestError
-from lib.machine import let_others_first
+from lib.machine import end_with_parent, let_others_first
 from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
@@ -83,8 +83,9 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
         Raises:
             HTTPException: 422 with a sentence; the platform shows it in the task's last lines.
         """
-        if _in_own_process():  # whose annotators wait for the server
-            let_others_first()
+        if _in_own_process():
+            let_others_first()  # whose annotators wait for the server
+            end_with_parent()  # no training without its server, however that ended
         try:
             return run_request(request, self._site, self._settings, datastore)
         except RefSegError as error:

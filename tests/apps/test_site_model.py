@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,7 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     site.store.use(site.store.add(weak, card).version)  # as another process would
 
     info = site.info()
+    assert list(info["models"]) == ["matchseg", "refseg"]  # clients run the first
     assert info["models"]["matchseg"]["model"]["version"] == 1
     assert info["models"]["matchseg"]["labels"] == {"ball": 1}
     mask, params = site.infer(tmp_path)
@@ -269,11 +270,51 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         submit(site, "p6", 6, tmp_path)  # seven are not five more than five
         time.sleep(3)
         assert len(requests.get(tasks, timeout=60).json()) == 1
-        (serving,) = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if {"start_server", str(studies)} <= set(process.cmdline())
-        ]
-        assert serving.nice() == psutil.Process().nice()
+        assert _serving(studies).nice() == psutil.Process().nice()
     finally:
         server.stop()
+
+
+def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up(
+    tmp_path: Path,
+) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for seed in range(6):
+        write_picture(studies / f"p{seed}.png", seed)
+    models = tmp_path / "models"
+    server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
+    site = Site(server, models)
+    room = site.store.folder / "training"
+    try:
+        for seed in range(5):
+            submit(site, f"p{seed}", seed, tmp_path)
+        _wait_for(lambda: (room / "progress.json").exists())
+        serving = _serving(studies)
+        (training,) = [one for one in serving.children() if "train" in one.cmdline()]
+        serving.terminate()  # it alone, as a container's or a service's end does
+        psutil.wait_procs([serving, training], timeout=30)
+        assert not training.is_running()
+        assert not serving.is_running() or serving.status() == psutil.STATUS_ZOMBIE
+        server.stop()
+        server.start()
+        submit(site, "p5", 5, tmp_path)  # six are not five more than five
+        _wait_for(lambda: is_training(room))
+    finally:
+        server.stop()
+
+
+def _serving(studies: Path) -> psutil.Process:
+    (serving,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if {"start_server", str(studies)} <= set(process.cmdline())
+    ]
+    return serving
+
+
+def _wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.2)

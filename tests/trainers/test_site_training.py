@@ -31,7 +31,7 @@ from lib.trainers.site.packing import (
 )
 from lib.trainers.site.split import groups_of, split
 from lib.trainers.site.training import TrainOptions, fit
-from lib.trainers.site.validation import volume_of
+from lib.trainers.site.validation import Validation, volume_of
 from lib.types import LabelledImage
 
 SMALL = NetworkConfig(size=64, tokens=32, heads=2, width=16, vote_dim=8)
@@ -375,3 +375,18 @@ def test_an_option_out_of_range_is_refused_with_what_is_allowed(
 ) -> None:
     with pytest.raises(RequestError, match=said):
         parse_options({key: value})
+
+
+def test_a_gain_that_chance_would_give_is_no_better_network() -> None:
+    none = float("nan")
+    before = Validation((0.5, 0.6, 0.7, 0.8), {})
+    assert Validation((0.6, 0.7, 0.8, 0.9), {}).beats(before)
+    assert Validation((0.52, 0.61, 0.71, 0.80), {}).beats(before)  # little, and always
+    assert not Validation((0.9, 0.3, 0.9, 0.51), {}).beats(before)  # +.0025 on average
+    assert not before.beats(before)
+    assert Validation((0.9,), {}).beats(Validation((0.8,), {}))
+    # rightly nothing is as good as can be, and where both find nothing there is nothing to compare
+    assert Validation((0.8, none), {}).beats(Validation((0.79, 0.0), {}))
+    assert not Validation((0.8, 0.0), {}).beats(Validation((0.81, none), {}))
+    assert Validation((0.8, none), {}).beats(Validation((0.7, none), {}))
+    assert not Validation((none, none), {}).beats(Validation((none, none), {}))

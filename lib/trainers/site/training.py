@@ -131,13 +131,14 @@ def train_model(
             f"{len(fitted.validation)} validation images"
         )
         card = None
-        if new.dice > old.dice:
+        if new.beats(old):
             net = load_weights(fitted.weights)
             card = store.add(net, _card(fitted, options, new.dice, old.dice))
             site.publish(card)
             message = f"Published as model {card.version}: {figures}."
         else:
-            message = f"Not published: {figures}; {what} stays in use."
+            hair = " (no more than chance would give)" if new.dice > old.dice else ""
+            message = f"Not published: {figures}{hair}; {what} stays in use."
         for name in (CHECKPOINT, BEST):
             (room / name).unlink(missing_ok=True)
     logger.info("%s", message)
