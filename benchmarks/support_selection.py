@@ -6,6 +6,7 @@ set's labelled cases; only the choice of the k differs. Prints a Markdown table,
 
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,6 @@ from lib.segmenter import Options, ReferenceEngine
 from lib.trainers.site.packing import thumbnail
 from lib.types import Features, FloatArray, IntArray, LabelledImage, Match
 
-WAYS = ("random", "nearest", "diverse")
 POOL = 4  # times k candidates, of which the diverse ones are taken
 WEIGHT = 0.7  # of nearness against likeness to those taken already
 
@@ -77,10 +77,10 @@ class ChoosingBank(MemoryBank):
                 embeddings, k, labels=labels, exclude_image=exclude_image, cap_per_case=cap_per_case
             )
         keys, vectors = self.embeddings()
-        rng = np.random.default_rng((self.seed, len(keys)))
         found = []
-        for similarity in embeddings @ vectors.T:
-            if self.way == "random":
+        for query, similarity in zip(embeddings, embeddings @ vectors.T, strict=True):
+            if self.way == "random":  # others for each slice, the same when asked again
+                rng = np.random.default_rng((self.seed, zlib.crc32(query.tobytes())))
                 picks = rng.choice(len(keys), size=min(k, len(keys)), replace=False).tolist()
             else:
                 picks = diverse(similarity, vectors, k)
@@ -132,11 +132,12 @@ def main(
         if weights
         else MatchSegSegmenter.load_bundled(device=device)
     )
-    print(f"| set | encoder | {' | '.join(WAYS)} |")
+    print(f"| set | random, {seeds} draws | encoder | nearest | diverse |")
     print("|---|---|---|---|---|")
     for name in sets.split(","):
         source = read_set(data, name)
         cases = some(source.targets, targets)
+        random = ""  # the same for each encoder
         for encoder in embedders.split(","):
             embedder = embedder_named(encoder, segmenter, device)
             if embedder is None:
@@ -157,15 +158,19 @@ def main(
                     places = np.array([0, *(names.index(n) + 1 for n in found.labels)], np.int32)
                     return places[cut_labels(found.label_map, through_plane_axis(image))]
 
-                cells = []
-                for way in WAYS:
-                    bank.way = way
+                if not random:
+                    bank.way = "random"
                     figures = []
-                    for seed in range(seeds if way == "random" else 1):
+                    for seed in range(seeds):
                         bank.seed = seed
                         figures.append(100 * test(predictor, cases, source)["dice"])
-                    cells.append(f"{np.mean(figures):.1f}")
-            print(f"| {name} | {encoder} | {' | '.join(cells)} |", flush=True)
+                    spread = f" ± {np.std(figures, ddof=1):.1f}" if len(figures) > 1 else ""
+                    random = f"{np.mean(figures):.1f}{spread}"
+                cells = []
+                for way in ("nearest", "diverse"):
+                    bank.way = way
+                    cells.append(f"{100 * test(predictor, cases, source)['dice']:.1f}")
+            print(f"| {name} | {random} | {encoder} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
