@@ -3,7 +3,8 @@
 `run` trains and tests; each finished (set, labels, method, seed) is one JSON line, appended at
 once, and is not run again: stop it when you like. `table` prints what is there as Markdown.
 All methods get the same labelled cases, split (a fifth is kept to choose the best epoch),
-time, and working size. Tests are on the index's target cases; Dice is per image, per volume in 3D.
+time, and working size in training. Tests are on the index's target cases; Dice is per image,
+per volume in 3D.
 """
 
 import json
@@ -152,7 +153,7 @@ def one_run(
             raise typer.BadParameter(msg)
         split_of = _split(drawn, room / "fit", seed, settings)
         baseline = BaselinePlan(
-            minutes=minutes, steps=steps, images=images, size=256, seed=seed,
+            minutes=minutes, steps=steps, images=images, size=SitePlan().size, seed=seed,
             device=settings.device, augmentation=plain or "same",
         )  # fmt: skip
         net, done = fit_baseline(

@@ -175,7 +175,7 @@ def _in_own_process() -> bool:
 
 
 def _size(request: Mapping[str, Any]) -> int:
-    size = whole(request, "size", 0, 0, 1024)
+    size = whole(request, "size", SitePlan().size, 0, 1024)
     if size % 32:
         msg = f"size {size} is not allowed; it is a multiple of 32, or 0 for the network's own."
         raise RequestError(msg)

@@ -31,10 +31,18 @@ class Episode:
 
 
 class EpisodeMaker:
-    """Augments tasks; seeded."""
+    """Augments tasks; seeded.
 
-    def __init__(self, *, size: int, seed: int):
+    Args:
+        size: side of the pictures in pixels.
+        seed: of everything.
+        one_place: whether all pictures come from one place, in its modalities: contrast varies
+            as it does there, and does not become another modality's.
+    """
+
+    def __init__(self, *, size: int, seed: int, one_place: bool = False):
         self.size = size
+        self.one_place = one_place
         self.rng = np.random.default_rng(seed + 1)
         self.generator = torch.Generator().manual_seed(seed + 1)
 
@@ -152,7 +160,26 @@ class EpisodeMaker:
 
     def _tone(self, images: Tensor, *, color: bool) -> Tensor:
         """Contrast by task, then a little by image."""
+        if not self.one_place:
+            images = self._another_modality(images, color=color)
         n, g, rng = images.shape[0], self.generator, self.rng
+        varied = float(rng.uniform(0.05, 0.3 if self.one_place else 0.5))
+        gamma = torch.exp((torch.rand(n, 1, 1, 1, generator=g) * 2 - 1) * varied)
+        images = images.clamp(1e-4, 1) ** gamma
+        if rng.random() < 0.4:  # bias field
+            images = images * (1 + varied * 0.4 * noise(n, 1, images.shape[-1], 2, g))
+        if rng.random() < 0.4:
+            grain = float(rng.uniform(0, 0.05 if self.one_place else 0.1))
+            images = images + grain * torch.randn((n, 1, *images.shape[2:]), generator=g)
+        if not self.one_place and rng.random() < 0.2:
+            factor = int(rng.integers(2, 4))
+            small = F.avg_pool2d(images, factor)
+            images = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
+        return images
+
+    def _another_modality(self, images: Tensor, *, color: bool) -> Tensor:
+        """Grey or other colors, inverted, or along a random curve; all images of the task alike."""
+        g, rng = self.generator, self.rng
         if color and rng.random() < 0.3:
             weights = torch.rand(3, generator=g)
             images = (
@@ -164,21 +191,9 @@ class EpisodeMaker:
             images = images[:, torch.randperm(3, generator=g)]
         if rng.random() < 0.2:
             images = 1 - images
-        if rng.random() < 0.2:  # modality-like: a random monotone-by-pieces curve
+        if rng.random() < 0.2:  # a random monotone-by-pieces curve
             knots = torch.rand(6, generator=g)
             position = images.clamp(0, 1) * 4.999
             low = position.long()
             images = knots[low] + (knots[low + 1] - knots[low]) * (position - low)
-        varied = float(rng.uniform(0.05, 0.5))
-        gamma = torch.exp((torch.rand(n, 1, 1, 1, generator=g) * 2 - 1) * varied)
-        images = images.clamp(1e-4, 1) ** gamma
-        if rng.random() < 0.4:  # bias field
-            images = images * (1 + varied * 0.4 * noise(n, 1, images.shape[-1], 2, g))
-        if rng.random() < 0.4:
-            grain = float(rng.uniform(0, 0.1))
-            images = images + grain * torch.randn((n, 1, *images.shape[2:]), generator=g)
-        if rng.random() < 0.2:
-            factor = int(rng.integers(2, 4))
-            small = F.avg_pool2d(images, factor)
-            images = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
         return images
