@@ -19,7 +19,7 @@ from lib.trainers.pretraining.episodes import EpisodeMaker
 from lib.trainers.pretraining.loop import TrainingPlan, train
 from lib.trainers.pretraining.losses import episode_loss, soft_dice
 from lib.trainers.pretraining.pack import Pack, pack
-from lib.trainers.pretraining.tasks import TaskSource
+from lib.trainers.pretraining.tasks import Task, TaskSource
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,22 @@ def test_the_same_seed_draws_the_same_tasks(packed: Path) -> None:
         draws.append(maker.make(task, most_supports=3, queries=2))
     torch.testing.assert_close(draws[0].images, draws[1].images)
     assert bool((draws[0].masks == draws[1].masks).all())
+
+
+def test_in_one_place_what_is_bright_stays_bright() -> None:
+    images = torch.full((4, 3, 64, 64), 0.3)
+    labels = torch.zeros(4, 64, 64, dtype=torch.long)
+    images[:, :, 24:44, 20:48], labels[:, 24:44, 20:48] = 0.7, 1
+
+    def stays(seed: int, *, one_place: bool) -> bool:
+        maker = EpisodeMaker(size=64, seed=seed, one_place=one_place)
+        made = maker.make(Task(images, labels, 0.5, False, "bars"), most_supports=3, queries=4)
+        grey, masks = made.images.mean(1), made.masks[:, 0] > 0
+        shown = [i for i in range(4) if bool(masks[i].any())]
+        return all(bool(grey[i][masks[i]].mean() > grey[i][~masks[i]].mean()) for i in shown)
+
+    assert all(stays(seed, one_place=True) for seed in range(30))
+    assert not all(stays(seed, one_place=False) for seed in range(30))
 
 
 def perfect(masks: torch.Tensor, gain: float) -> Output:
