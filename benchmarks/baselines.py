@@ -1,8 +1,9 @@
 """U-Nets to compare with, trained on the very cases, split and budget that MatchSeg is given.
 
 `unet` is MONAI's U-Net; `dynunet` is MONAI's DynUNet as nnU-Net would plan it for 256 x 256
-pictures (seven stages, instance norm, leaky ReLU, deep supervision, SGD with Nesterov momentum and
-a polynomial rate). Their augmentation is MatchSeg's ("same") or the U-Nets' own habit ("plain").
+pictures, at whatever size it is trained (seven stages, instance norm, leaky ReLU, deep supervision,
+SGD with Nesterov momentum and a polynomial rate). Their augmentation is MatchSeg's ("same") or the
+U-Nets' own habit ("plain").
 """
 
 import copy

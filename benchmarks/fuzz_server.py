@@ -43,7 +43,7 @@ class FuzzServer:
         self._plain = plain
         folder = self._folder
         rooms = {"bank": str(folder / "bank"), "site_models": str(folder / "site models")}
-        self._conf = {**rooms, "device": "cpu", **(conf or {})}
+        self._conf = {**rooms, "device": "cpu", "train_after": "0", **(conf or {})}
         self._studies = folder / "studies"
         self._log = folder / "server.log"
         self.url = ""

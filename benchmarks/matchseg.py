@@ -4,7 +4,8 @@
 once, and is not run again: stop it when you like. `table` prints what is there as Markdown.
 All methods get the same labelled cases, split (a fifth is kept to choose the best epoch),
 time, and working size in training. Tests are on the index's target cases; Dice is per image,
-per volume in 3D.
+per volume in 3D. U-Nets segment at the size that they were trained at, networks by reference at
+their own (256).
 """
 
 import json

@@ -1,5 +1,6 @@
 """What this machine has left, and what runs on it."""
 
+import logging
 import os
 import threading
 import time
@@ -7,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 _CGROUP = Path("/sys/fs/cgroup")  # of version 2: what a container or a service may take
 _BEHIND = 10  # steps of nice: a ninth of the time that others get, while they want it
@@ -41,18 +44,48 @@ def let_others_first() -> None:
         process.nice(min(19, process.nice() + _BEHIND) if windows is None else windows)
 
 
-def end_with_parent() -> None:
-    """End this process at once, wherever it is, when the one that started it is gone."""
-    parent = psutil.Process().parent()
-    if parent is not None:
-        threading.Thread(target=_wait_and_end, args=(parent,), name="parent", daemon=True).start()
+def identity() -> str:
+    """Of this process, among all that there have been on this machine."""
+    process = psutil.Process()
+    return f"{process.pid}:{process.create_time():.0f}"
 
 
-def _wait_and_end(parent: psutil.Process) -> None:
-    with suppress(psutil.Error):
-        while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(_LOOK_S)
+def is_alive(who: str) -> bool:
+    """Whether the process of this `identity` is there."""
+    return _process_of(who) is not None
+
+
+def end_with(who: str) -> None:
+    """End this process at once, wherever it is, when the process of this `identity` is gone."""
+    threading.Thread(target=_watch, args=(who,), name="end-with", daemon=True).start()
+
+
+def _watch(who: str) -> None:
+    other = _process_of(who)
+    while other is not None and other.is_running() and not _is_zombie(other):
+        time.sleep(_LOOK_S)
+    logger.warning("the process that this one works for is gone, so it ends")
     os._exit(1)
+
+
+def _process_of(who: str) -> psutil.Process | None:
+    pid, _, created = who.partition(":")
+    try:
+        process = psutil.Process(int(pid))
+        # clocks are set; that a number is used again within a minute is unlikely
+        same = abs(process.create_time() - float(created)) < 60
+    except (psutil.Error, ValueError):
+        return None
+    return process if same and not _is_zombie(process) else None
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):  # not told is not gone
+        return False
 
 
 def is_running(pid: int) -> bool:

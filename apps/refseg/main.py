@@ -16,6 +16,7 @@ if __name__ == "__main__":  # no server, so none of MONAI Label's imports
     sys.exit(main())
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ from lib.errors import RefSegError
 from lib.infers.batch import RefSegBatch
 from lib.infers.matchseg import MatchSeg
 from lib.infers.refseg import RefSeg
+from lib.machine import identity
 from lib.reviewing.reviewer import Reviewer
 from lib.runtime import Runtime
 from lib.settings import from_conf
@@ -48,6 +50,7 @@ from lib.types import LabelledImage
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
+SERVER = "_REFSEG_SERVER"  # in the environment of a training: whose it is
 
 
 class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for this direct base
@@ -66,7 +69,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             list_labels=self._labelled,
         )
         self._training = AutomaticTraining(
-            self._site.store, self._settings.train_after, lambda: len(self._labelled())
+            self._site.store, self._settings.train_after, self._count_labelled
         )
         self._desk = Desk(self._runtime)
         self._reviewer = Reviewer(self._runtime)
@@ -126,7 +129,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Clients show the progress of the first."""
-        return {"matchseg": MatchSegTrainer(self._site, self._settings)}
+        server = os.environ.get(SERVER)
+        return {"matchseg": MatchSegTrainer(self._site, self._settings, server=server)}
 
     def init_strategies(self) -> dict[str, Strategy]:
         """3D Slicer takes the first as its default; OHIF always asks for `random`."""
@@ -151,6 +155,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
     def on_init_complete(self) -> None:
         """Take up what changed while the server was down, behind its first answers."""
         super().on_init_complete()
+        os.environ[SERVER] = identity()  # the platform starts trainings with it
         if self._settings.warm_up:
             self._runtime.sync_soon(self._labelled, warm=True)
             self._site.prepare_soon()
@@ -176,6 +181,11 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         self._task.announce(image_id, names)
         self._training.label_saved()
         return {"refseg": "being learned; the next segmentation refers to it"}
+
+    def _count_labelled(self) -> int:
+        """How many images are labelled, by the table alone: no image is looked for or fetched."""
+        list_labelled = self.datastore().get_labeled_images
+        return len({image for tag in self._settings.tags for image in list_labelled(tag)})
 
     def _labelled(self) -> list[LabelledImage]:
         return labelled_images(self.datastore(), self._settings.tags)

@@ -13,7 +13,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 
 from lib.errors import RefSegError, RequestError
-from lib.machine import end_with_parent, let_others_first
+from lib.machine import end_with, let_others_first
 from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
@@ -40,11 +40,21 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
     says to the server, it says by files.
     """
 
-    def __init__(self, site: SiteModel, settings: RefSegSettings) -> None:
-        """Nothing is loaded here."""
+    def __init__(
+        self, site: SiteModel, settings: RefSegSettings, *, server: str | None = None
+    ) -> None:
+        """Nothing is loaded here.
+
+        Args:
+            site: the site's models.
+            settings: of the app.
+            server: `identity` of the process that started this one, if one did. It is not looked
+                up: it may be gone already, and on Windows a launcher is between the two.
+        """
         super().__init__("Trains the site's own network on the labels submitted here")
         self._site = site
         self._settings = settings
+        self._server = server
 
     def config(self) -> dict[str, Any]:
         """Options as 3D Slicer and OHIF show them: numbers, ticks, lists to choose from."""
@@ -85,7 +95,8 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
         """
         if _in_own_process():
             let_others_first()  # whose annotators wait for the server
-            end_with_parent()  # no training without its server, however that ended
+            if self._server is not None:  # no training without it, however it ended
+                end_with(self._server)
         try:
             return run_request(request, self._site, self._settings, datastore)
         except RefSegError as error:

@@ -33,6 +33,7 @@ class ServeProcess:
         self.url = f"{scheme}://127.0.0.1:{self.port}"
         command = [sys.executable, str(APP / "main.py"), "serve", "--studies", str(studies)]
         command += ["--port", str(self.port), "--conf", f"bank={folder / 'bank'}"]
+        command += ["--conf", f"site_models={folder / 'models'}", "--conf", "train_after=0"]
         command += ["--conf", "device=cpu", *options]
         environment = {
             **os.environ,

@@ -31,7 +31,8 @@ class Server:
     ) -> None:
         self.studies = studies
         self._folder = folder
-        self._conf = {"bank": str(folder / "the bank"), "device": "cpu", **(conf or {})}
+        rooms = {"bank": str(folder / "the bank"), "site_models": str(folder / "models")}
+        self._conf = {**rooms, "device": "cpu", "train_after": "0", **(conf or {})}
         self._workers = workers
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None

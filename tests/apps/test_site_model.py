@@ -275,12 +275,12 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         server.stop()
 
 
-def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up(
+def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up_once(
     tmp_path: Path,
 ) -> None:
     studies = tmp_path / "studies"
     studies.mkdir()
-    for seed in range(6):
+    for seed in range(7):
         write_picture(studies / f"p{seed}.png", seed)
     models = tmp_path / "models"
     server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
@@ -292,16 +292,46 @@ def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up(
         _wait_for(lambda: (room / "progress.json").exists())
         serving = _serving(studies)
         (training,) = [one for one in serving.children() if "train" in one.cmdline()]
-        serving.terminate()  # it alone, as a container's or a service's end does
-        psutil.wait_procs([serving, training], timeout=30)
-        assert not training.is_running()
-        assert not serving.is_running() or serving.status() == psutil.STATUS_ZOMBIE
+        serving.terminate()  # it alone, as the end of a container does
+        _wait_for(lambda: _is_over(serving) and _is_over(training))
         server.stop()
         server.start()
         submit(site, "p5", 5, tmp_path)  # six are not five more than five
         _wait_for(lambda: is_training(room))
+        server.stop()  # the whole group, as a terminal or a service manager does
+        assert not is_training(room)
+        server.start()
+        submit(site, "p6", 6, tmp_path)
+        time.sleep(5)
+        assert not is_training(room)
+        assert requests.get(f"{server.url}/train/?all=true", timeout=60).status_code == 404
     finally:
         server.stop()
+
+
+def test_where_models_cannot_be_written_no_training_starts_by_itself(tmp_path: Path) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    (tmp_path / "a file").write_text("no folder")
+    for seed in range(5):
+        write_picture(studies / f"p{seed}.png", seed)
+    options = {"site_models": str(tmp_path / "a file" / "models"), "train_after": "4"}
+    server = Server(tmp_path, studies, options).start()
+    try:
+        site = Site(server, tmp_path / "a file" / "models")
+        for seed in range(5):
+            submit(site, f"p{seed}", seed, tmp_path)
+        _wait_for(lambda: "no training can start by itself" in server.log)
+        assert requests.get(f"{server.url}/train/?all=true", timeout=60).status_code == 404
+    finally:
+        server.stop()
+
+
+def _is_over(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _serving(studies: Path) -> psutil.Process:

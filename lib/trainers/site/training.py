@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 WORKROOM = "training"  # folder beside the versions: data, checkpoint, progress
+CASES, UNLABELLED = "cases", "unlabelled.npy"  # in it, while a training is not over
 SCRATCH_RATE = 1e-3  # of all layers, where nothing was learned before
 MOST_UNLABELLED = 64
 
@@ -137,10 +138,11 @@ def train_model(
             site.publish(card)
             message = f"Published as model {card.version}: {figures}."
         else:
-            hair = " (no more than chance would give)" if new.dice > old.dice else ""
+            hair = " (too little for so few images)" if new.dice > old.dice else ""
             message = f"Not published: {figures}{hair}; {what} stays in use."
-        for name in (CHECKPOINT, BEST):
+        for name in (CHECKPOINT, BEST, UNLABELLED):
             (room / name).unlink(missing_ok=True)
+        shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images
     logger.info("%s", message)
     return TrainingReport(
         card is not None, new.dice, old.dice, card, fitted.epochs, fitted.seconds, message
@@ -180,7 +182,7 @@ def fit(
     rules = Rules(settings.annotation, settings.window, settings.axis_index)
     _make(room)
     logger.info("reading %d labelled images", len(labelled))
-    cases = pack_cases(labelled, room / "cases", rules)
+    cases = pack_cases(labelled, room / CASES, rules)
     chosen = split(cases, share=options.share, seed=options.plan.seed, learned=learned)
     training = tuple(cases[i] for i in chosen.training)
     validation = tuple(cases[i] for i in chosen.validation)
@@ -191,7 +193,7 @@ def fit(
     if options.unlabelled and unlabelled and options.plan.regions > 0:
         picks = np.random.default_rng(options.plan.seed).permutation(len(unlabelled))
         some = [sorted(unlabelled)[i] for i in picks[:MOST_UNLABELLED]]
-        extra = pack_unlabelled(some, room / "unlabelled.npy", rules)
+        extra = pack_unlabelled(some, room / UNLABELLED, rules)
     if not options.resume:
         (room / CHECKPOINT).unlink(missing_ok=True)
     config = load_weights(BUNDLED).config

@@ -55,14 +55,16 @@ class Validation:
     def beats(self, other: "Validation") -> bool:
         """Whether it is better than another network on the same cases, and not by a hair.
 
-        By more than half the standard error of what it gains case by case: its weights were chosen
-        as the best of many epochs on these very cases, and of many that are no better one looks so.
+        By more than the standard error of what it gains case by case (of two cases: on both): its
+        weights were chosen as the best of many epochs on these very cases, and of many that are no
+        better one looks so.
         """
         pairs = np.array([self.cases, other.cases])
         pairs = np.nan_to_num(pairs[:, ~np.isnan(pairs).all(0)], nan=1.0)  # rightly nothing
         gains = pairs[0] - pairs[1]
-        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        return self.dice > other.dice and bool(gains.mean() > error / 2)
+        if len(gains) < 2:
+            return bool((gains > 0).any())
+        return bool(gains.mean() > gains.std(ddof=1) / len(gains) ** 0.5)
 
 
 class Validator:
