@@ -149,6 +149,11 @@ def test_pictures_that_look_the_same_are_never_on_both_sides(tmp_path: Path) -> 
         assert sorted(found.training + found.validation) == list(range(10))
 
 
+def test_one_image_to_measure_by_is_kept_of_four_alone(cases: list[PackedCase]) -> None:
+    kept = {n: len(split(cases[:n], share=0.2, seed=0).validation) for n in range(4, 7)}
+    assert kept == {4: 1, 5: 2, 6: 2}
+
+
 def test_what_an_earlier_model_learned_from_is_never_measured_on(cases: list[PackedCase]) -> None:
     for seed in range(8):
         found = split(cases, share=0.5, seed=seed, learned={"0", "1", "2"})

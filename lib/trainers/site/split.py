@@ -50,7 +50,7 @@ def split(
     learned: Collection[str] = (),
     alike: float = ALIKE,
 ) -> Split:
-    """Keep about `share` of the cases for validation, at least one, at most half.
+    """Keep about `share` of the cases for validation, at least two (of four: one), at most half.
 
     What an earlier model learned from is never measured on: `learned` cases, and what looks like
     them, stay on the training side. A label is not kept from training altogether.
@@ -69,7 +69,8 @@ def split(
     order = [groups[i] for i in rng.permutation(len(groups))]
     free = [g for g in order if not any(cases[i].image_id in learned for i in g)]
     free.sort(key=len)  # stable: a big group of look-alikes makes a poor measure
-    wanted = min(max(1, round(share * len(cases))), len(cases) // 2)
+    # two at least, since one image is soon segmented better by chance; but three are learned from
+    wanted = min(max(2, round(share * len(cases))), len(cases) // 2, len(cases) - 3)
     chosen: list[int] = []
     for group in free:
         rest = set(range(len(cases))) - set(chosen) - set(group)
