@@ -31,7 +31,7 @@ for thread in threads:
 held = rss()
 started = give_back_freed_memory(0.1)
 end = time.monotonic() + 20
-while rss() > before + 60 and time.monotonic() < end:
+while rss() > before + 30 and time.monotonic() < end:
     time.sleep(0.1)
 print(started, held - before, rss() - before)
 """
