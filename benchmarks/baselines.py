@@ -114,9 +114,7 @@ class Batches:
         if self._plan.augmentation == "same":
             color = bool((images[:, 0] - images[:, 1]).abs().max() > 0.02)
             task = Task(images, labels.long(), 0.3 + 0.7 * float(rng.random()), color, "")
-            maker = EpisodeMaker(
-                size=self._plan.size, seed=int(rng.integers(2**31)), one_place=True
-            )
+            maker = EpisodeMaker(size=self._plan.size, seed=int(rng.integers(2**31)), one_place=1.0)
             made = maker.make(task, most_supports=1, queries=1)
             number_of = torch.arange(1, made.masks.shape[1] + 1)[None, :, None, None]
             return made.images, (made.masks * number_of).amax(1).long()

@@ -113,9 +113,9 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
     def init_infers(self) -> dict[str, InferTask]:
         """One task, whatever the networks, and one for the site's own model.
 
-        Clients run the first that there is unless told otherwise, so the site's model comes first:
-        it is hidden until one is there, and only one that beats the bundled network is published.
-        Nobody has compared it with SAM 2.
+        3D Slicer runs the first that there is unless told otherwise, so the site's model comes
+        first: it is hidden until one is there, and only one that beats the bundled network is
+        published. Nobody has compared it with SAM 2.
         """
         self._task = RefSeg(
             self._runtime,

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from filelock import FileLock
 from monailabel.utils.async_tasks.task import AsyncTask
@@ -157,6 +158,7 @@ def _behind(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="refseg-training", daemon=True).start()
 
 
+@cache  # once for the process, however many trainings there are
 def _stop_at_exit() -> None:
     """End the training when the interpreter ends, which would wait for it, an hour maybe.
 

@@ -88,10 +88,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site model")
-    studies = folder / "studies"
-    studies.mkdir()
-    for seed in range(6):
-        write_picture(studies / f"p{seed}.png", seed)
+    studies = pictures(folder, 6)
     models = folder / "models"
     models.mkdir()
     server = Server(folder, studies, {"site_models": str(models)}).start()
@@ -105,6 +102,15 @@ def labelled(site: Site, tmp_path: Path) -> Site:
     for seed in range(5):
         submit(site, f"p{seed}", seed, tmp_path)
     return site
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """A folder of studies with pictures p0, p1, ..."""
+    studies = folder / "studies"
+    studies.mkdir()
+    for seed in range(count):
+        write_picture(studies / f"p{seed}.png", seed)
+    return studies
 
 
 def submit(site: Site, image: str, seed: int, folder: Path) -> None:
@@ -237,10 +243,7 @@ def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(
 def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_first(
     tmp_path: Path,
 ) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    for seed in range(7):
-        write_picture(studies / f"p{seed}.png", seed)
+    studies = pictures(tmp_path, 7)
     models = tmp_path / "models"
     server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
     try:
@@ -253,9 +256,7 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         assert requests.get(tasks, timeout=60).status_code == 404
         submit(site, "p4", 4, tmp_path)
         progress = site.store.folder / "training" / "progress.json"
-        end = time.monotonic() + PATIENCE_S
-        while not progress.exists() and time.monotonic() < end:
-            time.sleep(0.2)
+        _wait_for(progress.exists)
         told = json.loads(progress.read_text())
         assert told["running"]
         assert told["images"] == 5
@@ -265,8 +266,7 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         submit(site, "p5", 5, tmp_path)  # while it runs
         assert is_training(progress.parent)
         assert requests.delete(f"{server.url}/train/", timeout=60).ok
-        while is_training(progress.parent) and time.monotonic() < end:
-            time.sleep(0.2)
+        _wait_for(lambda: not is_training(progress.parent))
         submit(site, "p6", 6, tmp_path)  # seven are not five more than five
         time.sleep(3)
         assert len(requests.get(tasks, timeout=60).json()) == 1
@@ -278,10 +278,7 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
 def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up_once(
     tmp_path: Path,
 ) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    for seed in range(7):
-        write_picture(studies / f"p{seed}.png", seed)
+    studies = pictures(tmp_path, 7)
     models = tmp_path / "models"
     server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
     site = Site(server, models)
@@ -290,16 +287,14 @@ def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up_
         for seed in range(5):
             submit(site, f"p{seed}", seed, tmp_path)
         _wait_for(lambda: (room / "progress.json").exists())
-        serving = _serving(studies)
-        (training,) = [one for one in serving.children() if "train" in one.cmdline()]
-        serving.terminate()  # it alone, as the end of a container does
-        _wait_for(lambda: _is_over(serving) and _is_over(training))
+        _end_alone(studies, signal.SIGINT)  # it waits for no training, an hour maybe
         server.stop()
         server.start()
         submit(site, "p5", 5, tmp_path)  # six are not five more than five
         _wait_for(lambda: is_training(room))
-        server.stop()  # the whole group, as a terminal or a service manager does
+        _end_alone(studies, signal.SIGKILL)
         assert not is_training(room)
+        server.stop()
         server.start()
         submit(site, "p6", 6, tmp_path)
         time.sleep(5)
@@ -310,11 +305,8 @@ def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up_
 
 
 def test_where_models_cannot_be_written_no_training_starts_by_itself(tmp_path: Path) -> None:
-    studies = tmp_path / "studies"
-    studies.mkdir()
+    studies = pictures(tmp_path, 5)
     (tmp_path / "a file").write_text("no folder")
-    for seed in range(5):
-        write_picture(studies / f"p{seed}.png", seed)
     options = {"site_models": str(tmp_path / "a file" / "models"), "train_after": "4"}
     server = Server(tmp_path, studies, options).start()
     try:
@@ -325,6 +317,14 @@ def test_where_models_cannot_be_written_no_training_starts_by_itself(tmp_path: P
         assert requests.get(f"{server.url}/train/?all=true", timeout=60).status_code == 404
     finally:
         server.stop()
+
+
+def _end_alone(studies: Path, how: signal.Signals) -> None:
+    """Signal the server, not its training, as the end of a container does; wait for both."""
+    serving = _serving(studies)
+    (training,) = [one for one in serving.children() if "train" in one.cmdline()]
+    serving.send_signal(how)
+    _wait_for(lambda: _is_over(serving) and _is_over(training))
 
 
 def _is_over(process: psutil.Process) -> bool:

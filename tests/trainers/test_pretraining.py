@@ -102,15 +102,15 @@ def test_in_one_place_what_is_bright_stays_bright() -> None:
     labels = torch.zeros(4, 64, 64, dtype=torch.long)
     images[:, :, 24:44, 20:48], labels[:, 24:44, 20:48] = 0.7, 1
 
-    def stays(seed: int, *, one_place: bool) -> bool:
+    def stays(seed: int, *, one_place: float) -> bool:
         maker = EpisodeMaker(size=64, seed=seed, one_place=one_place)
         made = maker.make(Task(images, labels, 0.5, False, "bars"), most_supports=3, queries=4)
         grey, masks = made.images.mean(1), made.masks[:, 0] > 0
         shown = [i for i in range(4) if bool(masks[i].any())]
         return all(bool(grey[i][masks[i]].mean() > grey[i][~masks[i]].mean()) for i in shown)
 
-    assert all(stays(seed, one_place=True) for seed in range(30))
-    assert not all(stays(seed, one_place=False) for seed in range(30))
+    assert all(stays(seed, one_place=1.0) for seed in range(30))
+    assert not all(stays(seed, one_place=0.0) for seed in range(30))
 
 
 def perfect(masks: torch.Tensor, gain: float) -> Output:

@@ -38,7 +38,11 @@ def train(
     episodes: Annotated[int, typer.Option(help="Episodes a step.")] = 2,
     synthetic: Annotated[float, typer.Option(help="Share of synthetic anatomies.")] = 0.35,
     regions: Annotated[float, typer.Option(help="Share of region tasks on real pictures.")] = 0.08,
-    rate: Annotated[float, typer.Option(help="Learning rate; the encoder's is a fifth.")] = 1e-3,
+    one_place: Annotated[
+        float, typer.Option(help="Share of tasks that keep the contrast of their modality.")
+    ] = 0.0,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    encoder_share: Annotated[float, typer.Option(help="The encoder's share of it.")] = 0.2,
     encoder: Annotated[
         Path | None, typer.Option(help="ImageNet MobileNetV2 features to start from.")
     ] = None,
@@ -65,9 +69,10 @@ def train(
         images=images,
         episodes=episodes,
         rate=rate,
-        encoder_rate=rate / 5,
+        encoder_rate=rate * encoder_share,
         synthetic=synthetic,
         regions=regions,
+        one_place=one_place,
         seed=seed,
         device=device,
     )

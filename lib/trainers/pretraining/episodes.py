@@ -36,11 +36,11 @@ class EpisodeMaker:
     Args:
         size: side of the pictures in pixels.
         seed: of everything.
-        one_place: whether all pictures come from one place, in its modalities: contrast varies
-            as it does there, and does not become another modality's.
+        one_place: share of the tasks whose contrast varies as it does within one place, in its own
+            modalities, and does not become another modality's.
     """
 
-    def __init__(self, *, size: int, seed: int, one_place: bool = False):
+    def __init__(self, *, size: int, seed: int, one_place: float = 0.0):
         self.size = size
         self.one_place = one_place
         self.rng = np.random.default_rng(seed + 1)
@@ -160,18 +160,19 @@ class EpisodeMaker:
 
     def _tone(self, images: Tensor, *, color: bool) -> Tensor:
         """Contrast by task, then a little by image."""
-        if not self.one_place:
+        one_place = self.rng.random() < self.one_place
+        if not one_place:
             images = self._another_modality(images, color=color)
         n, g, rng = images.shape[0], self.generator, self.rng
-        varied = float(rng.uniform(0.05, 0.3 if self.one_place else 0.5))
+        varied = float(rng.uniform(0.05, 0.3 if one_place else 0.5))
         gamma = torch.exp((torch.rand(n, 1, 1, 1, generator=g) * 2 - 1) * varied)
         images = images.clamp(1e-4, 1) ** gamma
         if rng.random() < 0.4:  # bias field
             images = images * (1 + varied * 0.4 * noise(n, 1, images.shape[-1], 2, g))
         if rng.random() < 0.4:
-            grain = float(rng.uniform(0, 0.05 if self.one_place else 0.1))
+            grain = float(rng.uniform(0, 0.05 if one_place else 0.1))
             images = images + grain * torch.randn((n, 1, *images.shape[2:]), generator=g)
-        if not self.one_place and rng.random() < 0.2:
+        if not one_place and rng.random() < 0.2:
             factor = int(rng.integers(2, 4))
             small = F.avg_pool2d(images, factor)
             images = F.interpolate(small, size=images.shape[-2:], mode="bilinear")

@@ -40,6 +40,7 @@ class TrainingPlan:
         rate: learning rate of the new layers; the encoder has `encoder_rate`.
         synthetic: share of synthetic anatomies.
         regions: share of region tasks on real pictures.
+        one_place: share of tasks that keep the contrast of their modality.
         seed: of tasks and augmentation.
         device: "cpu", "cuda", ...
         average: share that the averaged weights keep at each step.
@@ -57,6 +58,7 @@ class TrainingPlan:
     encoder_rate: float = 2e-4
     synthetic: float = 0.35
     regions: float = 0.08
+    one_place: float = 0.0
     seed: int = 0
     device: str = "cpu"
     average: float = 0.998
@@ -117,7 +119,7 @@ def train(
         for group, base in zip(optimizer.param_groups, (plan.encoder_rate, plan.rate), strict=True):
             group["base"] = base
     tasks = TaskSource(pack, size=plan.size, seed=plan.seed + step)
-    episodes = EpisodeMaker(size=plan.size, seed=plan.seed + step)
+    episodes = EpisodeMaker(size=plan.size, seed=plan.seed + step, one_place=plan.one_place)
     began, saved = time.monotonic(), time.monotonic()
     families: defaultdict[str, list[float]] = defaultdict(list)
     first_step = step

@@ -72,7 +72,7 @@ class SiteEpisodes:
             task = self._labelled(rng)
         if task is None:
             task = self._regions(rng, seed)
-        maker = EpisodeMaker(size=self._plan.size, seed=seed, one_place=True)
+        maker = EpisodeMaker(size=self._plan.size, seed=seed, one_place=1.0)
         return maker.make(task, most_supports=self._plan.most_supports, queries=self._plan.queries)
 
     def _labelled(self, rng: np.random.Generator) -> Task | None:
