@@ -405,7 +405,19 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     assert 'http-equiv="refresh"' in get(ours, "status?follow=1").text
     assert get(ours, "training.svg").content.startswith(b"<svg")
     progress.write_text(json.dumps({**told, "running": True, "pid": 2**22 + 1}))  # it was killed
-    assert "Not running" in get(ours, "status").text
+    page = get(ours, "status").text
+    assert "Not running" in page
+    assert "was ended before it was done" in page
+    outcome = folder / "outcome.json"
+    outcome.write_text(json.dumps({"message": "The disk is full.", "failed": True}))
+    page = get(ours, "status").text
+    assert "The last training failed: The disk is full." in page
+    assert "was ended before it was done" not in page
+    outcome.write_text(json.dumps({"message": "Published as model 1.", "failed": False}))
+    page = get(ours, "status").text
+    assert "Published as model 1." in page
+    assert "failed" not in page
+    outcome.write_text("{half")
     progress.write_text("{half")
     assert "Nothing was trained here yet" in get(ours, "status").text
 

@@ -23,6 +23,7 @@ from PIL import Image
 from lib.models.network import MatchSegNet, NetworkConfig
 from lib.runtime import studies_name
 from lib.site.store import ModelCard, ModelStore
+from lib.trainers.site.progress import read_outcome
 from lib.trainers.site.training import is_training
 from tests.apps.phantoms import ball, dice, write_picture, write_picture_labels
 from tests.apps.server_process import Server
@@ -145,6 +146,10 @@ def test_before_the_first_model_there_is_a_trainer_and_no_task(site: Site, tmp_p
     )
     assert refused.status_code == 422
     assert "3 images are labelled; training needs 4" in refused.json()["detail"]
+    ended = read_outcome(site.store.folder / "training")
+    assert ended is not None
+    assert ended.failed
+    assert ended.message == refused.json()["detail"]
 
 
 def test_a_killed_training_leaves_nothing_and_goes_on_where_it_was(labelled: Site) -> None:
@@ -163,6 +168,7 @@ def test_a_killed_training_leaves_nothing_and_goes_on_where_it_was(labelled: Sit
     os.kill(pid, signal.SIGKILL)
     task = site.wait()
     assert task["status"] == "ERROR"
+    assert read_outcome(site.store.folder / "training") is None  # of the training before, neither
     stats = site.info()["train_stats"]["matchseg"]
     assert stats["total_time"] != ""
     assert site.store.versions() == []
@@ -178,6 +184,10 @@ def test_a_killed_training_leaves_nothing_and_goes_on_where_it_was(labelled: Sit
     assert "Not published: Dice 0." in said
     assert "of the bundled network" in said
     assert site.store.current() is None
+    ended = read_outcome(site.store.folder / "training")
+    assert ended is not None
+    assert not ended.failed
+    assert ended.message.startswith("Not published: Dice 0.")
 
 
 def test_a_better_model_answers_at_once_and_can_be_rolled_back(

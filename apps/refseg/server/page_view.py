@@ -16,7 +16,14 @@ from lib.memory.records import BankStatus, LabelCount
 from lib.settings import AXIS_NAMES
 from lib.site.store import ModelCard, state_of
 from lib.studies.datastore import StudiesDatastore
-from lib.trainers.site.progress import Epoch, TrainingProgress, read_epochs, read_progress
+from lib.trainers.site.progress import (
+    Epoch,
+    Outcome,
+    TrainingProgress,
+    read_epochs,
+    read_outcome,
+    read_progress,
+)
 from lib.trainers.site.training import WORKROOM
 
 AT_ONCE = 24  # images on one page of the list
@@ -108,6 +115,7 @@ class Status:
     models: Sequence[tuple[ModelCard, str]]
     model_problem: str
     training: TrainingProgress | None
+    outcome: Outcome | None
     epochs: Sequence[Epoch]
 
 
@@ -244,6 +252,7 @@ class View:
             models=models[::-1],
             model_problem=problem,
             training=read_progress(room),
+            outcome=read_outcome(room),
             epochs=read_epochs(room),
         )
 

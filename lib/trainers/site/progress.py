@@ -9,6 +9,7 @@ from typing import Any
 
 from lib.machine import is_running
 from lib.trainers.site.loop import LOG, PROGRESS
+from lib.trainers.site.training import OUTCOME
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,14 @@ class TrainingProgress:
     seconds: float
     images: int
     running: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended, in a sentence; `failed`: by an error."""
+
+    message: str
+    failed: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,18 @@ def read_progress(folder: Path) -> TrainingProgress | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the training's progress cannot be told: %s", error)
+        return None
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """How the last training ended; None while one runs, and where one was killed. Never raises."""
+    try:
+        told = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+        return Outcome(str(told["message"]), bool(told["failed"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("how the training ended cannot be told: %s", error)
         return None
 
 

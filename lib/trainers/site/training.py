@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from lib.durable import write_json
 from lib.errors import ModelStoreError, TrainingError
 from lib.models.devices import choose_device
 from lib.models.matchseg import BUNDLED, MatchSegSegmenter, load_weights
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 WORKROOM = "training"  # folder beside the versions: data, checkpoint, progress
+OUTCOME = "outcome.json"  # in it: what the last training came to, in a sentence
 CASES, UNLABELLED = "cases", "unlabelled.npy"  # in it, while a training is not over
 SCRATCH_RATE = 1e-3  # of all layers, where nothing was learned before
 MOST_UNLABELLED = 64
@@ -115,38 +117,61 @@ def train_model(
             runs.
         ModelStoreError: the new model cannot be stored.
     """
+    room = site.store.folder / WORKROOM
+    with _alone(room):
+        (room / OUTCOME).unlink(missing_ok=True)
+        try:
+            report = _train(site, settings, labelled, options, unlabelled)
+        except Exception as error:
+            _tell(room, str(error) or type(error).__name__, failed=True)
+            raise
+        _tell(room, report.message, failed=False)
+    logger.info("%s", report.message)
+    return report
+
+
+def _train(
+    site: SiteModel,
+    settings: RefSegSettings,
+    labelled: Sequence[LabelledImage],
+    options: TrainOptions,
+    unlabelled: Sequence[Path],
+) -> TrainingReport:
     store = site.store
     room = store.folder / WORKROOM
-    with _alone(room):
-        in_use = site.card()
-        learned = in_use.training if in_use is not None else ()
-        fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=learned)
-        validator = Validator(fitted.training, fitted.validation, settings, room=room)
-        device = str(choose_device(settings.device))
-        current, before = _current(site, device)
-        old = validator.measure(before)
-        new = validator.measure(MatchSegSegmenter.load(fitted.weights, device=device))
-        what = f"model {current.version}" if current else "the bundled network"
-        figures = (
-            f"Dice {new.dice:.4f} against {old.dice:.4f} of {what}, on "
-            f"{len(fitted.validation)} validation images"
-        )
-        card = None
-        if new.beats(old):
-            net = load_weights(fitted.weights)
-            card = store.add(net, _card(fitted, options, new.dice, old.dice))
-            site.publish(card)
-            message = f"Published as model {card.version}: {figures}."
-        else:
-            hair = " (too little for so few images)" if new.dice > old.dice else ""
-            message = f"Not published: {figures}{hair}; {what} stays in use."
-        for name in (CHECKPOINT, BEST, UNLABELLED):
-            (room / name).unlink(missing_ok=True)
-        shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images
-    logger.info("%s", message)
+    in_use = site.card()
+    learned = in_use.training if in_use is not None else ()
+    fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=learned)
+    validator = Validator(fitted.training, fitted.validation, settings, room=room)
+    device = str(choose_device(settings.device))
+    current, before = _current(site, device)
+    old = validator.measure(before)
+    new = validator.measure(MatchSegSegmenter.load(fitted.weights, device=device))
+    what = f"model {current.version}" if current else "the bundled network"
+    figures = (
+        f"Dice {new.dice:.4f} against {old.dice:.4f} of {what}, on "
+        f"{len(fitted.validation)} validation images"
+    )
+    card = None
+    if new.beats(old):
+        net = load_weights(fitted.weights)
+        card = store.add(net, _card(fitted, options, new.dice, old.dice))
+        site.publish(card)
+        message = f"Published as model {card.version}: {figures}."
+    else:
+        hair = " (too little for so few images)" if new.dice > old.dice else ""
+        message = f"Not published: {figures}{hair}; {what} stays in use."
+    for name in (CHECKPOINT, BEST, UNLABELLED):
+        (room / name).unlink(missing_ok=True)
+    shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images
     return TrainingReport(
         card is not None, new.dice, old.dice, card, fitted.epochs, fitted.seconds, message
     )
+
+
+def _tell(room: Path, message: str, *, failed: bool) -> None:
+    with suppress(OSError):  # a full disk is told in the log
+        write_json(room / OUTCOME, {"message": message, "failed": failed})
 
 
 def fit(
