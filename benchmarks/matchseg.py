@@ -36,8 +36,10 @@ from lib.models.matchseg import BundledEmbedder, MatchSegSegmenter
 from lib.segmenter import Options, ReferenceEngine
 from lib.settings import RefSegSettings
 from lib.site.average import AveragedSegmenter
-from lib.trainers.site.loop import SitePlan
-from lib.trainers.site.training import SCRATCH_RATE, Fitted, TrainOptions, fit
+from lib.trainers.site.loop import BEST, SitePlan
+from lib.trainers.site.packing import PackedCase, Rules, pack_cases
+from lib.trainers.site.split import split
+from lib.trainers.site.training import SCRATCH_RATE, TrainOptions, fit
 from lib.types import IntArray, LabelledImage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -142,7 +144,7 @@ def one_run(
         )  # fmt: skip
         start_from = "scratch" if scratch else "bundled"
         fitted = fit(drawn, room / "fit", TrainOptions(plan, start=start_from), settings)
-        extra = {"epochs": fitted.epochs}
+        extra = {"epochs": fitted.epochs, "share": fitted.share}
         segmenter = MatchSegSegmenter.load(fitted.weights, device=settings.device)
         predictor = by_reference(segmenter, drawn, source, settings, room)
     else:
@@ -152,14 +154,12 @@ def one_run(
         if kind not in KINDS or plain not in ("", "plain"):
             msg = f"method {method!r} is unknown; allowed are {METHODS}, and {KINDS} with -plain"
             raise typer.BadParameter(msg)
-        split_of = _split(drawn, room / "fit", seed, settings)
+        learned, measured = _split(drawn, room / "fit", seed, settings)
         baseline = BaselinePlan(
             minutes=minutes, steps=steps, images=images, size=SitePlan().size, seed=seed,
             device=settings.device, augmentation=plain or "same",
         )  # fmt: skip
-        net, done = fit_baseline(
-            kind, split_of.training, split_of.validation, source.names, baseline
-        )
+        net, done = fit_baseline(kind, learned, measured, source.names, baseline)
         extra = {"steps": done}
 
         def predictor(case: LabelledImage) -> IntArray:
@@ -189,6 +189,13 @@ def one_run(
         averaged = by_reference(both, drawn, source, settings, room / "average")
         cases = some(source.targets, targets)
         extra["tests_average"] = {name: test(averaged, cases, source)}
+        # and what would it be without the way back to the bundled weights?
+        last = MatchSegSegmenter.load(room / "fit" / BEST, device=settings.device)
+        predictor = by_reference(last, drawn, source, settings, room / "last")
+        extra["tests_trained"] = {
+            where: test(predictor, some(read_targets(data, where), targets), source)
+            for where in (name, *(CROSS.get(name, ()) if wanted == "all" else ()))
+        }
     return {
         **extra,
         "cases": [one.image_id for one in drawn],
@@ -280,16 +287,12 @@ def draw(source: DataSet, wanted: str, seed: int) -> list[LabelledImage]:
 
 def _split(
     drawn: Sequence[LabelledImage], room: Path, seed: int, settings: RefSegSettings
-) -> Fitted:
-    """The very split that `fit` makes of these cases, without a training."""
-    from lib.trainers.site.packing import Rules, pack_cases
-    from lib.trainers.site.split import split
-
+) -> tuple[list[PackedCase], list[PackedCase]]:
+    """The very split that `fit` makes of these cases: to learn from, and to measure on."""
     rules = Rules(settings.annotation, settings.window, settings.axis_index)
     cases = pack_cases(drawn, room / "cases", rules)
     chosen = split(cases, share=TrainOptions().share, seed=seed)
-    training = tuple(cases[i] for i in chosen.training)
-    return Fitted(room, training, tuple(cases[i] for i in chosen.validation), 0, 0.0)
+    return [cases[i] for i in chosen.training], [cases[i] for i in chosen.validation]
 
 
 def read_targets(data: Path, name: str) -> list[LabelledImage]:

@@ -18,6 +18,7 @@ from lib.models.network import MatchSegNet, NetworkConfig
 from lib.settings import RefSegSettings
 from lib.trainers.matchseg import parse_options
 from lib.trainers.pretraining.loop import forward
+from lib.trainers.site.blending import blend
 from lib.trainers.site.distributed import Ranks, run_on
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
 from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, SiteJob, SitePlan, train_site
@@ -31,7 +32,7 @@ from lib.trainers.site.packing import (
 )
 from lib.trainers.site.split import groups_of, split
 from lib.trainers.site.training import TrainOptions, fit
-from lib.trainers.site.validation import Validation, volume_of
+from lib.trainers.site.validation import Validation, Validator, volume_of
 from lib.types import LabelledImage
 
 SMALL = NetworkConfig(size=64, tokens=32, heads=2, width=16, vote_dim=8)
@@ -312,6 +313,29 @@ def test_a_stopped_training_goes_on_to_the_very_same_weights(
     for name, value in whole.items():
         assert torch.equal(value, again[name])  # same seed, same result
         assert torch.equal(value, parts[name])
+
+
+def test_of_the_networks_between_two_the_best_is_kept(
+    cases: list[PackedCase], tmp_path: Path
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = load_weights(BUNDLED)
+    with torch.no_grad():
+        for value in net.parameters():
+            value += 0.1 * value.abs().mean() * torch.randn(value.shape, generator=generator)
+    spoiled, good = tmp_path / "spoiled.safetensors", tmp_path / "good.safetensors"
+    good.write_bytes(BUNDLED.read_bytes())
+    save_weights(net, spoiled)
+    validator = Validator(cases[:4], cases[4:], RefSegSettings(device="cpu"), room=tmp_path)
+
+    alone = blend(None, spoiled, validator, device="cpu")
+    too_far = blend(BUNDLED, spoiled, validator, device="cpu")
+    assert (alone.share, too_far.share) == (1.0, 0.25)
+    assert too_far.measured.dice > alone.measured.dice
+    kept, old = load_weights(too_far.weights).state_dict(), load_weights(BUNDLED).state_dict()
+    for name, value in load_weights(spoiled).state_dict().items():
+        assert torch.allclose(kept[name], 0.75 * old[name] + 0.25 * value, rtol=2e-3, atol=1e-4)
+    assert blend(spoiled, good, validator, device="cpu").share == 1.0
 
 
 def test_it_ends_early_when_nothing_gets_better(cases: list[PackedCase], tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ from lib.models.network import NetworkConfig
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
 from lib.site.store import ModelCard
+from lib.trainers.site.blending import BLENDED, blend
 from lib.trainers.site.distributed import devices_for, run_on
 from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, SiteJob, SitePlan, train_site
 from lib.trainers.site.packing import PackedCase, Rules, pack_cases, pack_unlabelled
 from lib.trainers.site.split import FEWEST_CASES, split
-from lib.trainers.site.validation import TEMPORARY, Validator
+from lib.trainers.site.validation import TEMPORARY, Validation, Validator
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,20 @@ class Fitted:
     """What a training came to.
 
     Attributes:
-        weights: the best ones, as measured after each epoch.
+        weights: of the best epoch, or between these and those it started with.
+        share: of the trained weights in them.
         training: cases learned from.
         validation: cases measured on.
+        measured: how good the weights are on these.
         epochs: done.
         seconds: spent.
     """
 
     weights: Path
+    share: float
     training: tuple[PackedCase, ...]
     validation: tuple[PackedCase, ...]
+    measured: Validation
     epochs: int
     seconds: float
 
@@ -145,8 +150,7 @@ def _train(
     validator = Validator(fitted.training, fitted.validation, settings, room=room)
     device = str(choose_device(settings.device))
     current, before = _current(site, device)
-    old = validator.measure(before)
-    new = validator.measure(MatchSegSegmenter.load(fitted.weights, device=device))
+    old, new = validator.measure(before), fitted.measured
     what = f"model {current.version}" if current else "the bundled network"
     figures = (
         f"Dice {new.dice:.4f} against {old.dice:.4f} of {what}, on "
@@ -161,7 +165,7 @@ def _train(
     else:
         hair = " (too little for so few images)" if new.dice > old.dice else ""
         message = f"Not published: {figures}{hair}; {what} stays in use."
-    for name in (CHECKPOINT, BEST, UNLABELLED):
+    for name in (CHECKPOINT, BEST, BLENDED, UNLABELLED):
         (room / name).unlink(missing_ok=True)
     shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images
     return TrainingReport(
@@ -246,7 +250,17 @@ def fit(
         msg = "Training ended before its first epoch did; give it more minutes."
         raise TrainingError(msg)
     epochs = max(0, len((room / LOG).read_text(encoding="utf-8").splitlines()) - 1)
-    return Fitted(room / BEST, training, validation, epochs, time.monotonic() - start)
+    validator = Validator(training, validation, settings, room=room)
+    best = blend(job.start, room / BEST, validator, device=str(device))
+    return Fitted(
+        best.weights,
+        best.share,
+        training,
+        validation,
+        best.measured,
+        epochs,
+        time.monotonic() - start,
+    )
 
 
 def _current(site: SiteModel, device: str) -> tuple[ModelCard | None, MatchSegSegmenter]:
@@ -270,7 +284,7 @@ def _card(fitted: Fitted, options: TrainOptions, dice: float, before: float) -> 
         validation=tuple(case.image_id for case in fitted.validation),
         epochs=fitted.epochs,
         seconds=round(fitted.seconds, 1),
-        options=asdict(options.plan),
+        options={**asdict(options.plan), "share": fitted.share},
     )
 
 
