@@ -3,9 +3,10 @@
 `run` trains and tests; each finished (set, labels, method, seed) is one JSON line, appended at
 once, and is not run again: stop it when you like. `table` prints what is there as Markdown.
 All methods get the same labelled cases, split (a fifth is kept to choose the best epoch),
-time, and working size in training. Tests are on the index's target cases; Dice is per image,
-per volume in 3D. U-Nets segment at the size that they were trained at, networks by reference at
-their own (256).
+time, and working size in training; what a site's model does after its time (networks on the way
+back to the bundled weights are measured) is in `seconds_train`. Tests are on the index's target
+cases; Dice is per image, per volume in 3D. U-Nets segment at the size that they were trained at,
+networks by reference at their own (256).
 """
 
 import json
@@ -40,6 +41,7 @@ from lib.trainers.site.loop import BEST, SitePlan
 from lib.trainers.site.packing import PackedCase, Rules, pack_cases
 from lib.trainers.site.split import split
 from lib.trainers.site.training import SCRATCH_RATE, TrainOptions, fit
+from lib.trainers.site.validation import Validator
 from lib.types import IntArray, LabelledImage
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -47,6 +49,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 KINDS = ("unet", "dynunet")
 METHODS = ("matchseg", "matchseg-scratch", "unet", "dynunet", "refseg")
 AVERAGE = "matchseg + bundled"  # their mean, as by --conf site_average true
+TRAINED = "as trained"  # without the way back to the bundled weights
+RECIPE = 3  # of the site's training: rows of another one are not those that are asked for
 CROSS = {"busi": ("bus_bra",), "bus_bra": ("busi",), "glas": ("dsb2018-stained",)}
 PAPER = {
     ("busi", "U-Net"): None,
@@ -100,6 +104,8 @@ def run(
             "k": k,
             "targets": targets,
         }
+        if method.startswith("matchseg"):
+            row["recipe"] = RECIPE
         if _key(row) in done:
             continue
         with tempfile.TemporaryDirectory() as room:
@@ -144,7 +150,14 @@ def one_run(
         )  # fmt: skip
         start_from = "scratch" if scratch else "bundled"
         fitted = fit(drawn, room / "fit", TrainOptions(plan, start=start_from), settings)
-        extra = {"epochs": fitted.epochs, "share": fitted.share}
+        # a server publishes it only if it is better on the images kept
+        validator = Validator(fitted.training, fitted.validation, settings, room=room)
+        before = validator.measure(MatchSegSegmenter.load_bundled(device=settings.device))
+        extra = {
+            "epochs": fitted.epochs,
+            "trained_share": fitted.trained_share,
+            "published": fitted.measured.beats(before),
+        }
         segmenter = MatchSegSegmenter.load(fitted.weights, device=settings.device)
         predictor = by_reference(segmenter, drawn, source, settings, room)
     else:
@@ -335,9 +348,8 @@ def _grid(
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(
-        row[field] for field in ("set", "labels", "method", "seed", "minutes", "k", "targets")
-    )
+    fields = ("set", "labels", "method", "seed", "minutes", "k", "targets")
+    return (*(row[field] for field in fields), row.get("recipe", 1))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -370,9 +382,10 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                 what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
                 one = Line(what, row["labels"], minutes)
                 figures[one, row["method"]].append(100 * found["dice"])
-            for where, found in row.get("tests_average", {}).items():
-                one = Line(where, row["labels"], minutes)
-                figures[one, AVERAGE].append(100 * found["dice"])
+            for key, column in (("tests_average", AVERAGE), ("tests_trained", TRAINED)):
+                for where, found in row.get(key, {}).items():
+                    what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
+                    figures[Line(what, row["labels"], minutes), column].append(100 * found["dice"])
     methods = list(dict.fromkeys(method for _, method in figures))
     trained = {one for one, method in figures if method != "refseg"}
     text = [
@@ -387,6 +400,12 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             + f" | {_lead(figures, one)} |"
         )
     text.append("\nDice in %, mean ± standard deviation over seeds (number of seeds in brackets).")
+    kept = [
+        f"{row['set']} with {row['labels']} labels, seed {row['seed']}"
+        for row in rows
+        if row.get("published") is False
+    ]
+    text.append(f"Not better on the images kept, so not published: {'; '.join(kept) or 'none'}.")
     told = [f"{what}: {method} {value}" for (what, method), value in PAPER.items() if value]
     text.append(
         f"MatchSeg's paper (arXiv 2403.15901), on larger sets of its own split: {'; '.join(told)}."

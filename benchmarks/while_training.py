@@ -3,16 +3,18 @@
     python benchmarks/while_training.py --data DIR --set glas
 
 A real server serves a set whose bank cases are labelled; test images that it has not seen are
-segmented one after another, first alone, then while a training runs, each image once. Told are the
-seconds of a request, and the most memory that the server and the training held.
+segmented one after another, first alone, then while epochs are trained, each image once. Told are
+the seconds of a request, and the most memory that the server and the training were seen to hold.
 """
 
 import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -59,23 +61,50 @@ def _rows(server: FuzzServer, images: Sequence[str], count: int, pause: float) -
         msg = f"{len(images)} test images are there; {2 * count + 1} are needed: fewer --requests"
         raise typer.BadParameter(msg)
     _infer(server, images[0])  # the bank is filled, the network loaded
-    alone = [_waited(server, image, pause) for image in images[1 : count + 1]]
-    rows = [_row("nothing else runs", alone, server.rss(), 0)]
+    own = psutil.Process(server.process.pid)
+    with _Peaks(own) as peaks:
+        alone = [_waited(server, image, pause) for image in images[1 : count + 1]]
+    rows = [_row("nothing else runs", alone, peaks.found)]
     long = {"max_epochs": 1000, "minutes": 60, "early_stop_patience": 0}
     answer = requests.post(f"{server.url}/train/matchseg", json=long, timeout=60)
     answer.raise_for_status()
-    training = _training(server)
-    beside = []
-    most = 0
-    for image in images[count + 1 : 2 * count + 1]:
-        beside.append(_waited(server, image, pause))
-        most = max(most, _bytes(training))
-    running = training.is_running()
-    requests.delete(f"{server.url}/train/", timeout=60).raise_for_status()
-    if not running:
-        msg = "the training ended before the requests did"
-        raise RuntimeError(msg)
-    return [*rows, _row("a training beside it", beside, server.rss(), most)]
+    training = None
+    try:
+        training = _training(server)
+        with _Peaks(own, training) as peaks:
+            beside = [_waited(server, image, pause) for image in images[count + 1 : 2 * count + 1]]
+        if not training.is_running():
+            msg = "the training ended before the requests did"
+            raise RuntimeError(msg)
+    finally:
+        requests.delete(f"{server.url}/train/", timeout=60)
+        if training is not None:
+            psutil.wait_procs([training], timeout=PATIENCE_S)
+    return [*rows, _row("a training beside it", beside, peaks.found)]
+
+
+class _Peaks(threading.Thread):
+    """The most memory that each process was seen to hold, looked at five times a second."""
+
+    def __init__(self, *processes: psutil.Process) -> None:
+        super().__init__(daemon=True)
+        self.found = [0] * len(processes)
+        self._processes = processes
+        self._over = threading.Event()
+
+    def __enter__(self) -> "_Peaks":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(0.2):
+            for place, process in enumerate(self._processes):
+                with suppress(psutil.NoSuchProcess):
+                    self.found[place] = max(self.found[place], process.memory_info().rss)
 
 
 def _infer(server: FuzzServer, image: str) -> None:
@@ -104,18 +133,11 @@ def _training(server: FuzzServer) -> psutil.Process:
     raise RuntimeError(msg)
 
 
-def _bytes(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def _row(what: str, seconds: Sequence[float], server: int, training: int) -> str:
+def _row(what: str, seconds: Sequence[float], peaks: Sequence[int]) -> str:
     times = [statistics.median(seconds), percentile(list(seconds), 0.95), max(seconds)]
     told = " | ".join(f"{value:.2f}" for value in times)
-    other = f"{training / GIB:.1f}" if training else ""
-    return f"| {what} | {len(seconds)} | {told} | {server / GIB:.1f} | {other} |"
+    memory = [f"{peak / GIB:.1f}" for peak in peaks]
+    return f"| {what} | {len(seconds)} | {told} | {' | '.join([*memory, ''][:2])} |"
 
 
 if __name__ == "__main__":

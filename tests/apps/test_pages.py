@@ -407,15 +407,23 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     progress.write_text(json.dumps({**told, "running": True, "pid": 2**22 + 1}))  # it was killed
     page = get(ours, "status").text
     assert "Not running" in page
-    assert "was ended before it was done" in page
     outcome = folder / "outcome.json"
-    outcome.write_text(json.dumps({"message": "The disk is full.", "failed": True}))
+    under_way = {"message": "", "failed": False}
+    outcome.write_text(json.dumps({**under_way, "pid": 2**22 + 1}))
+    assert "was ended before it was done" in get(ours, "status").text
+    progress.write_text(json.dumps({**told, "running": False, "pid": os.getpid()}))
+    outcome.write_text(json.dumps({**under_way, "pid": os.getpid()}))
+    page = get(ours, "status?follow=1").text  # the epochs are over, and networks are measured
+    assert "Running: epoch 3" in page
+    assert 'http-equiv="refresh"' in page
+    assert "was ended before it was done" not in page
+    outcome.write_text(json.dumps({"message": "The disk is full.", "failed": True, "pid": 1}))
     page = get(ours, "status").text
     assert "The last training failed: The disk is full." in page
     assert "was ended before it was done" not in page
-    outcome.write_text(json.dumps({"message": "Published as model 1.", "failed": False}))
+    outcome.write_text(json.dumps({"message": "Published as 1.", "failed": False, "pid": 1}))
     page = get(ours, "status").text
-    assert "Published as model 1." in page
+    assert "Published as 1." in page
     assert "failed" not in page
     outcome.write_text("{half")
     progress.write_text("{half")

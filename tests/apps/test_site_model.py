@@ -23,6 +23,7 @@ from PIL import Image
 from lib.models.network import MatchSegNet, NetworkConfig
 from lib.runtime import studies_name
 from lib.site.store import ModelCard, ModelStore
+from lib.trainers.site.blending import SHARES
 from lib.trainers.site.progress import read_outcome
 from lib.trainers.site.training import is_training
 from tests.apps.phantoms import ball, dice, write_picture, write_picture_labels
@@ -168,7 +169,9 @@ def test_a_killed_training_leaves_nothing_and_goes_on_where_it_was(labelled: Sit
     os.kill(pid, signal.SIGKILL)
     task = site.wait()
     assert task["status"] == "ERROR"
-    assert read_outcome(site.store.folder / "training") is None  # of the training before, neither
+    ended = read_outcome(site.store.folder / "training")
+    assert ended is not None
+    assert "ended before it was done" in ended.message
     stats = site.info()["train_stats"]["matchseg"]
     assert stats["total_time"] != ""
     assert site.store.versions() == []
@@ -212,6 +215,11 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     task = site.train(max_epochs=2)
     assert task["status"] == "DONE", task
     assert "Published as model 2" in "\n".join(task["details"])
+    card = site.store.current()
+    assert card is not None
+    assert card.options["trained_share"] in SHARES
+    left = {path.name for path in (site.store.folder / "training").iterdir()}
+    assert not left & {"cases", "best.safetensors", "blended.safetensors", "checkpoint.pt"}
     mask, params = site.infer(tmp_path)  # no restart, and not a request later
     assert params["model"]["version"] == 2
     assert params["warnings"] == []
@@ -301,7 +309,7 @@ def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up_
         server.stop()
         server.start()
         submit(site, "p5", 5, tmp_path)  # six are not five more than five
-        _wait_for(lambda: is_training(room))
+        _wait_for(lambda: _trains(room))
         _end_alone(studies, signal.SIGKILL)
         assert not is_training(room)
         server.stop()
@@ -330,11 +338,16 @@ def test_where_models_cannot_be_written_no_training_starts_by_itself(tmp_path: P
 
 
 def _end_alone(studies: Path, how: signal.Signals) -> None:
-    """Signal the server, not its training, as the end of a container does; wait for both."""
+    """Signal the server, not its training, as a crash or want of memory may; wait for both."""
     serving = _serving(studies)
     (training,) = [one for one in serving.children() if "train" in one.cmdline()]
     serving.send_signal(how)
     _wait_for(lambda: _is_over(serving) and _is_over(training))
+
+
+def _trains(room: Path) -> bool:
+    ended = read_outcome(room)
+    return ended is not None and ended.running
 
 
 def _is_over(process: psutil.Process) -> bool:

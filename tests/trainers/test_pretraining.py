@@ -110,7 +110,8 @@ def test_in_one_place_what_is_bright_stays_bright() -> None:
         return all(bool(grey[i][masks[i]].mean() > grey[i][~masks[i]].mean()) for i in shown)
 
     assert all(stays(seed, one_place=1.0) for seed in range(30))
-    assert not all(stays(seed, one_place=0.0) for seed in range(30))
+    never, half = (sum(stays(seed, one_place=share) for seed in range(30)) for share in (0.0, 0.5))
+    assert never < half < 30
 
 
 def perfect(masks: torch.Tensor, gain: float) -> Output:

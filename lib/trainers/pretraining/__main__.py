@@ -39,10 +39,13 @@ def train(
     synthetic: Annotated[float, typer.Option(help="Share of synthetic anatomies.")] = 0.35,
     regions: Annotated[float, typer.Option(help="Share of region tasks on real pictures.")] = 0.08,
     one_place: Annotated[
-        float, typer.Option(help="Share of tasks that keep the contrast of their modality.")
+        float,
+        typer.Option(min=0, max=1, help="Share of tasks that keep the contrast of their modality."),
     ] = 0.0,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    encoder_share: Annotated[float, typer.Option(help="The encoder's share of it.")] = 0.2,
+    encoder_share: Annotated[
+        float, typer.Option(min=0, max=1, help="The encoder's share of it.")
+    ] = 0.2,
     encoder: Annotated[
         Path | None, typer.Option(help="ImageNet MobileNetV2 features to start from.")
     ] = None,

@@ -160,7 +160,8 @@ class EpisodeMaker:
 
     def _tone(self, images: Tensor, *, color: bool) -> Tensor:
         """Contrast by task, then a little by image."""
-        one_place = self.rng.random() < self.one_place
+        share = self.one_place  # 0 and 1 need no draw, and change nothing of what a seed gives
+        one_place = share >= 1 or (share > 0 and self.rng.random() < share)
         if not one_place:
             images = self._another_modality(images, color=color)
         n, g, rng = images.shape[0], self.generator, self.rng

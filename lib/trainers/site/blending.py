@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.errors import TrainingError
 from lib.models.matchseg import MatchSegSegmenter, load_weights, save_weights
 from lib.models.network import MatchSegNet
 from lib.trainers.site.validation import Validation, Validator
@@ -26,17 +27,20 @@ class Blend:
 
     Attributes:
         weights: of it.
-        share: of the trained weights in it, 0..1.
+        trained_share: of the trained weights in it, 0..1.
         measured: how good it is.
     """
 
     weights: Path
-    share: float
+    trained_share: float
     measured: Validation
 
 
 def blend(start: Path | None, trained: Path, validator: Validator, *, device: str) -> Blend:
-    """Measure networks between both, and write the best one beside the trained one.
+    """Measure networks between both, and write the one to keep beside the trained one.
+
+    It is the nearest to the start that no other beats: on few cases one of several looks better by
+    chance, and then what was learned from many images is trusted.
 
     Args:
         start: weights that the training began with; None: it began with nothing, and what it came
@@ -44,17 +48,32 @@ def blend(start: Path | None, trained: Path, validator: Validator, *, device: st
         trained: weights that it came to.
         validator: of the cases kept to measure on.
         device: to measure on.
+
+    Raises:
+        TrainingError: the disk is full.
     """
-    best: Blend | None = None
+    networks = dict(_between(start, trained))
+    found = {}
+    for share, net in networks.items():
+        segmenter = MatchSegSegmenter(net, digest="blended", device=device)
+        found[share] = validator.measure(segmenter)
+        told = found[share].dice
+        logger.info("Dice %.4f with %.0f %% of what was trained", told, 100 * share)
+    kept = next(
+        share
+        for share, one in found.items()
+        if not any(other.beats(one) for other in found.values())
+    )
     path = trained.parent / BLENDED
-    for share, net in _between(start, trained):
-        found = validator.measure(MatchSegSegmenter(net, digest="blended", device=device))
-        logger.info("Dice %.4f with %.0f %% of what was trained", found.dice, 100 * share)
-        if best is None or found.dice > best.measured.dice:
-            save_weights(net.cpu(), path)
-            best = Blend(path, share, found)
-    assert best is not None
-    return best
+    try:
+        save_weights(networks[kept], path)
+    except OSError as error:
+        msg = (
+            f"The training cannot write to {path.parent} ({error}). Make room (about 10 MB), then "
+            "train again: it goes on after the last whole epoch."
+        )
+        raise TrainingError(msg) from error
+    return Blend(path, kept, found[kept])
 
 
 def _between(start: Path | None, trained: Path) -> Iterator[tuple[float, MatchSegNet]]:

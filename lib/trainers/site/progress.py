@@ -39,10 +39,17 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended, in a sentence; `failed`: by an error."""
+    """How the last training ended.
+
+    Attributes:
+        message: in a sentence; empty while it runs.
+        failed: it ended by an error.
+        running: it has not ended: images are read, epochs trained, or networks measured.
+    """
 
     message: str
     failed: bool
+    running: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def read_progress(folder: Path) -> TrainingProgress | None:
             best_epoch=int(told.get("best_epoch", 0)),
             seconds=float(told["seconds"]),
             images=int(told.get("images", 0)),
-            running=bool(told["running"]) and is_running(int(told["pid"])),
+            running=_runs(told, read_outcome(folder)),
         )
     except FileNotFoundError:
         return None
@@ -77,10 +84,14 @@ def read_progress(folder: Path) -> TrainingProgress | None:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """How the last training ended; None while one runs, and where one was killed. Never raises."""
+    """How the last training ended, or that it runs; None before the first. Never raises."""
     try:
         told = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-        return Outcome(str(told["message"]), bool(told["failed"]))
+        message, failed = str(told["message"]), bool(told["failed"])
+        running = not message and is_running(int(told["pid"]))
+        if not message and not running:
+            message = "The last training was ended before it was done."
+        return Outcome(message, failed, running)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -102,6 +113,13 @@ def read_epochs(folder: Path) -> list[Epoch]:
     except (OSError, ValueError, csv.Error) as error:
         logger.warning("the training's log cannot be read: %s", error)
     return found
+
+
+def _runs(told: dict[str, Any], outcome: Outcome | None) -> bool:
+    """Epochs are over before the training is: then networks are measured."""
+    if outcome is not None:
+        return outcome.running
+    return bool(told["running"]) and is_running(int(told["pid"]))
 
 
 def _epoch(row: dict[str, Any]) -> Epoch | None:

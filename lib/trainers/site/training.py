@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ class Fitted:
 
     Attributes:
         weights: of the best epoch, or between these and those it started with.
-        share: of the trained weights in them.
+        trained_share: of the trained weights in them, 0..1.
         training: cases learned from.
         validation: cases measured on.
         measured: how good the weights are on these.
@@ -76,7 +77,7 @@ class Fitted:
     """
 
     weights: Path
-    share: float
+    trained_share: float
     training: tuple[PackedCase, ...]
     validation: tuple[PackedCase, ...]
     measured: Validation
@@ -124,7 +125,7 @@ def train_model(
     """
     room = site.store.folder / WORKROOM
     with _alone(room):
-        (room / OUTCOME).unlink(missing_ok=True)
+        _tell(room, "", failed=False)
         try:
             report = _train(site, settings, labelled, options, unlabelled)
         except Exception as error:
@@ -174,8 +175,11 @@ def _train(
 
 
 def _tell(room: Path, message: str, *, failed: bool) -> None:
-    with suppress(OSError):  # a full disk is told in the log
-        write_json(room / OUTCOME, {"message": message, "failed": failed})
+    """Note how it ended, or, without a message, that this process trains."""
+    try:
+        write_json(room / OUTCOME, {"message": message, "failed": failed, "pid": os.getpid()})
+    except OSError as error:
+        logger.warning("it cannot be noted how the training goes: %s", error)
 
 
 def fit(
@@ -254,7 +258,7 @@ def fit(
     best = blend(job.start, room / BEST, validator, device=str(device))
     return Fitted(
         best.weights,
-        best.share,
+        best.trained_share,
         training,
         validation,
         best.measured,
@@ -284,7 +288,7 @@ def _card(fitted: Fitted, options: TrainOptions, dice: float, before: float) -> 
         validation=tuple(case.image_id for case in fitted.validation),
         epochs=fitted.epochs,
         seconds=round(fitted.seconds, 1),
-        options={**asdict(options.plan), "share": fitted.share},
+        options={**asdict(options.plan), "trained_share": fitted.trained_share},
     )
 
 
@@ -325,7 +329,7 @@ def is_training(room: Path) -> bool:
     if not (room / LOCK).exists():
         return False
     try:
-        with FileLock(room / LOCK, timeout=0):
+        with FileLock(room / LOCK, timeout=0.2):  # others that ask hold it for a moment
             return False
     except Timeout:
         return True

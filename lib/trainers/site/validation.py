@@ -56,8 +56,8 @@ class Validation:
         """Whether it is better than another network on the same cases, and not by a hair.
 
         By more than the standard error of what it gains case by case (of two cases: on both): its
-        weights were chosen as the best of many epochs on these very cases, and of many that are no
-        better one looks so.
+        weights were chosen as the best of many epochs on these very cases, and then as the best of
+        a few blends; of many that are no better one looks so.
         """
         pairs = np.array([self.cases, other.cases])
         pairs = np.nan_to_num(pairs[:, ~np.isnan(pairs).all(0)], nan=1.0)  # rightly nothing
