@@ -47,7 +47,7 @@ class RefSegSettings(BaseSettings):
         False, description="average the model trained here with the other segmenter: slower"
     )
     train_after: int = Field(
-        5,
+        10,
         ge=0,
         le=100_000,
         description="a label starts a training when so many more images are labelled (0: never)",
