@@ -381,7 +381,8 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             for where, found in row["tests"].items():
                 what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
                 one = Line(what, row["labels"], minutes)
-                figures[one, row["method"]].append(100 * found["dice"])
+                old = row["method"] == "matchseg" and "recipe" not in row  # knew no way back
+                figures[one, TRAINED if old else row["method"]].append(100 * found["dice"])
             for key, column in (("tests_average", AVERAGE), ("tests_trained", TRAINED)):
                 for where, found in row.get(key, {}).items():
                     what = row["set"] if where == row["set"] else f"{row['set']} > {where}"

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 TRAINER = "matchseg"
 STARTED, STARTING = "started.json", "starting.lock"
 UNDER_WAY = ("SUBMITTED", "RUNNING")
-NEEDED = 5 * 2**29  # bytes of memory: a training takes up to 2 GiB
+NEEDED = 5 * 2**29  # bytes of memory: a training takes 1.5 GiB, and the server some for requests
 LOOK_S = 1.0  # between two looks at a training
 ENDING_S = 60.0  # a training that was ended with its server has none any more by then
 
