@@ -157,6 +157,7 @@ def one_run(
             "epochs": fitted.epochs,
             "trained_share": fitted.trained_share,
             "published": fitted.measured.beats(before),
+            "kept": {"before": before.cases, "after": fitted.measured.cases},
         }
         segmenter = MatchSegSegmenter.load(fitted.weights, device=settings.device)
         predictor = by_reference(segmenter, drawn, source, settings, room)
