@@ -156,7 +156,7 @@ def one_run(
         extra = {
             "epochs": fitted.epochs,
             "trained_share": fitted.trained_share,
-            "published": fitted.measured.beats(before),
+            "published": fitted.measured.gain_over(before) > 0,
             "kept": {"before": before.cases, "after": fitted.measured.cases},
         }
         segmenter = MatchSegSegmenter.load(fitted.weights, device=settings.device)
@@ -407,7 +407,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         for row in rows
         if row.get("published") is False
     ]
-    text.append(f"Not better on the images kept, so not published: {'; '.join(kept) or 'none'}.")
+    text.append(f"Refused for what the images kept showed: {'; '.join(kept) or 'none'}.")
     told = [f"{what}: {method} {value}" for (what, method), value in PAPER.items() if value]
     text.append(
         f"MatchSeg's paper (arXiv 2403.15901), on larger sets of its own split: {'; '.join(told)}."

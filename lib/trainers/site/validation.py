@@ -22,7 +22,7 @@ from lib.segmentation import Options
 from lib.segmenter import ReferenceEngine
 from lib.settings import RefSegSettings
 from lib.trainers.site.packing import PackedCase, as_tensor
-from lib.types import LabelledImage, Reference, SliceKey
+from lib.types import FloatArray, LabelledImage, Reference, SliceKey
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +55,23 @@ class Validation:
     def beats(self, other: "Validation") -> bool:
         """Whether it is better than another network on the same cases, and not by a hair.
 
-        By more than the standard error of what it gains case by case (of two cases: on both): its
-        weights were chosen as the best of many epochs on these very cases, and then as the best of
-        a few blends; of many that are no better one looks so.
+        By more than the standard error of what it gains case by case (of two cases: on both).
         """
-        pairs = np.array([self.cases, other.cases])
-        pairs = np.nan_to_num(pairs[:, ~np.isnan(pairs).all(0)], nan=1.0)  # rightly nothing
-        gains = pairs[0] - pairs[1]
+        gains = self._gains(other)
         if len(gains) < 2:
             return bool((gains > 0).any())
         return bool(gains.mean() > gains.std(ddof=1) / len(gains) ** 0.5)
+
+    def gain_over(self, other: "Validation") -> float:
+        """What it gains over another network on the same cases, mean Dice; 0 without any case."""
+        gains = self._gains(other)
+        return float(gains.mean()) if len(gains) else 0.0
+
+    def _gains(self, other: "Validation") -> FloatArray:
+        pairs = np.array([self.cases, other.cases])
+        pairs = np.nan_to_num(pairs[:, ~np.isnan(pairs).all(0)], nan=1.0)  # rightly nothing
+        gains: FloatArray = pairs[0] - pairs[1]
+        return gains
 
 
 class Validator:
