@@ -114,8 +114,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         """One task, whatever the networks, and one for the site's own model.
 
         3D Slicer runs the first that there is unless told otherwise, so the site's model comes
-        first: it is hidden until one is there, and only one that beats the bundled network is
-        published. Nobody has compared it with SAM 2.
+        first: it is hidden until one is there, and only one that is better than the
+        bundled network is published. Nobody has compared it with SAM 2.
         """
         self._task = RefSeg(
             self._runtime,

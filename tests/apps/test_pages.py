@@ -20,6 +20,7 @@ from PIL import Image
 from apps.refseg.server.page_login import LONGEST_S, MOST, Sessions
 from apps.refseg.server.page_parts import Shelf
 from lib.campaign.atlas import chart, survey
+from lib.machine import identity
 from lib.retrieval.ranking import PoolView
 from tests.apps import browser
 from tests.apps.phantoms import (
@@ -409,22 +410,25 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     assert "Not running" in page
     outcome = folder / "outcome.json"
     under_way = {"message": "", "failed": False}
-    outcome.write_text(json.dumps({**under_way, "pid": 2**22 + 1}))
+    outcome.write_text(json.dumps({**under_way, "process": f"{os.getpid()}:1"}))
     assert "was ended before it was done" in get(ours, "status").text
     progress.write_text(json.dumps({**told, "running": False, "pid": os.getpid()}))
-    outcome.write_text(json.dumps({**under_way, "pid": os.getpid()}))
+    outcome.write_text(json.dumps({**under_way, "process": identity()}))
     page = get(ours, "status?follow=1").text  # the epochs are over, and networks are measured
     assert "Running: epoch 3" in page
     assert 'http-equiv="refresh"' in page
     assert "was ended before it was done" not in page
-    outcome.write_text(json.dumps({"message": "The disk is full.", "failed": True, "pid": 1}))
+    outcome.write_text(json.dumps({"message": "The disk is full.", "failed": True}))
     page = get(ours, "status").text
     assert "The last training failed: The disk is full." in page
     assert "was ended before it was done" not in page
-    outcome.write_text(json.dumps({"message": "Published as 1.", "failed": False, "pid": 1}))
+    outcome.write_text(json.dumps({"message": "Published as 1.", "failed": False}))
     page = get(ours, "status").text
     assert "Published as 1." in page
     assert "failed" not in page
+    outcome.write_text(json.dumps({**under_way, "process": identity()}))
+    progress.unlink()
+    assert "the labelled images are being read" in get(ours, "status").text
     outcome.write_text("{half")
     progress.write_text("{half")
     assert "Nothing was trained here yet" in get(ours, "status").text

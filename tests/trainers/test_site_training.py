@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lib.errors import RequestError, TrainingError
-from lib.models.matchseg import BUNDLED, load_weights, save_weights
+from lib.models.matchseg import BUNDLED, MatchSegSegmenter, load_weights, save_weights
 from lib.models.network import MatchSegNet, NetworkConfig
 from lib.settings import RefSegSettings
 from lib.trainers.matchseg import parse_options
@@ -335,9 +335,29 @@ def test_of_the_networks_between_two_the_best_is_kept(
     kept, old = load_weights(too_far.weights).state_dict(), load_weights(BUNDLED).state_dict()
     for name, value in load_weights(spoiled).state_dict().items():
         assert torch.allclose(kept[name], 0.75 * old[name] + 0.25 * value, rtol=2e-3, atol=1e-4)
+    trained = tmp_path / "no room" / "trained.safetensors"
+    (trained.parent / "blended.safetensors" / "in the way").mkdir(parents=True)
+    save_weights(net, trained)
+    with pytest.raises(TrainingError, match=r"cannot write to .* Make room"):
+        blend(None, trained, validator, device="cpu")
     worth_it = blend(spoiled, good, validator, device="cpu")
     assert worth_it.trained_share > 0.25
     assert worth_it.measured.beats(alone.measured)
+
+
+def test_what_a_training_comes_to_is_the_blend_and_was_measured(
+    labelled: list[LabelledImage], tmp_path: Path
+) -> None:
+    plan = SitePlan(epochs=1, steps=4, images=3, size=64, rate=0.1, encoder_rate=0.01)  # too fast
+    settings = RefSegSettings(device="cpu")
+    found = fit(labelled, tmp_path, TrainOptions(plan), settings)
+    assert found.trained_share < 1
+    new, old = load_weights(tmp_path / BEST).state_dict(), load_weights(BUNDLED).state_dict()
+    for name, value in load_weights(found.weights).state_dict().items():
+        assert torch.equal(value, old[name].lerp(new[name], found.trained_share).half().float())
+    validator = Validator(found.training, found.validation, settings, room=tmp_path)
+    again = validator.measure(MatchSegSegmenter.load(found.weights, device="cpu"))
+    assert again == found.measured
 
 
 def test_it_ends_early_when_nothing_gets_better(cases: list[PackedCase], tmp_path: Path) -> None:

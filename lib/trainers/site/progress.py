@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.machine import is_running
+from lib.machine import is_alive, is_running
 from lib.trainers.site.loop import LOG, PROGRESS
 from lib.trainers.site.training import OUTCOME
 
@@ -88,7 +88,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     try:
         told = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
         message, failed = str(told["message"]), bool(told["failed"])
-        running = not message and is_running(int(told["pid"]))
+        running = not message and is_alive(str(told["process"]))
         if not message and not running:
             message = "The last training was ended before it was done."
         return Outcome(message, failed, running)

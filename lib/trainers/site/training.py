@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from lib.durable import write_json
 from lib.errors import ModelStoreError, TrainingError
+from lib.machine import identity
 from lib.models.devices import choose_device
 from lib.models.matchseg import BUNDLED, MatchSegSegmenter, load_weights
 from lib.models.network import NetworkConfig
@@ -176,7 +176,7 @@ def _train(
 def _tell(room: Path, message: str, *, failed: bool) -> None:
     """Note how it ended, or, without a message, that this process trains."""
     try:
-        write_json(room / OUTCOME, {"message": message, "failed": failed, "pid": os.getpid()})
+        write_json(room / OUTCOME, {"message": message, "failed": failed, "process": identity()})
     except OSError as error:
         logger.warning("it cannot be noted how the training goes: %s", error)
 
