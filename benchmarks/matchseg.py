@@ -380,14 +380,13 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         # what is not trained stands beside every time that others were given
         for minutes in [row["minutes"]] if row["minutes"] else spent:
             for where, found in row["tests"].items():
-                what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
-                one = Line(what, row["labels"], minutes)
+                one = Line(_what(row, where), row["labels"], minutes)
                 old = row["method"] == "matchseg" and "recipe" not in row  # knew no way back
                 figures[one, TRAINED if old else row["method"]].append(100 * found["dice"])
             for key, column in (("tests_average", AVERAGE), ("tests_trained", TRAINED)):
                 for where, found in row.get(key, {}).items():
-                    what = row["set"] if where == row["set"] else f"{row['set']} > {where}"
-                    figures[Line(what, row["labels"], minutes), column].append(100 * found["dice"])
+                    one = Line(_what(row, where), row["labels"], minutes)
+                    figures[one, column].append(100 * found["dice"])
     methods = list(dict.fromkeys(method for _, method in figures))
     trained = {one for one, method in figures if method != "refseg"}
     text = [
@@ -402,17 +401,33 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             + f" | {_lead(figures, one)} |"
         )
     text.append("\nDice in %, mean ± standard deviation over seeds (number of seeds in brackets).")
-    kept = [
-        f"{row['set']} with {row['labels']} labels, seed {row['seed']}"
-        for row in rows
-        if row.get("published") is False
-    ]
-    text.append(f"Refused for what the images kept showed: {'; '.join(kept) or 'none'}.")
+    refused = [_refused(row, rows) for row in rows if row.get("published") is False]
+    trainings = sum("published" in row for row in rows)
+    text.append(
+        f"Of {trainings} trainings refused for what the images kept showed: {len(refused)} (points "
+        f"above reference alone on the test cases: {'; '.join(refused) or '-'})."
+    )
     told = [f"{what}: {method} {value}" for (what, method), value in PAPER.items() if value]
     text.append(
         f"MatchSeg's paper (arXiv 2403.15901), on larger sets of its own split: {'; '.join(told)}."
     )
     return text
+
+
+def _what(row: dict[str, Any], where: str) -> str:
+    """Where it was tested, and on how many cases where these are not all."""
+    some_of = f", {row['targets']} cases" if row["targets"] else ""
+    return (row["set"] if where == row["set"] else f"{row['set']} > {where}") + some_of
+
+
+def _refused(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    same = ("set", "labels", "seed", "targets")
+    told = f"{row['set']} {row['labels']}, seed {row['seed']}"
+    for other in rows:
+        if other["method"] == "refseg" and all(other[key] == row[key] for key in same):
+            gain = row["tests"][row["set"]]["dice"] - other["tests"][row["set"]]["dice"]
+            return f"{told}: {100 * gain:+.1f}"
+    return told
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A table stands between `<!-- FILE: SETS -->` and `<!-- end -->`. FILE is `refere
 weights) or `untrained`, and SETS names with commas, `unseen` or `held-out` (all that no other table
 names, and that were not, or were, trained on in their other half). Or FILE is, whatever SETS,
 `study` (`reference` against `as_trained`), `draws` (`reference` and other draws of the bank's
-slices), `labels`, `site`, `campaign`, `first`, `confidence` or `load`.
+slices), `labels`, `site`, `few`, `campaign`, `first`, `confidence` or `load`.
 The text around it is written by hand and left alone, so that figures are never copied by hand.
 
     python benchmarks/tables.py                    # fills the tables
@@ -29,6 +29,7 @@ OTHERS = {
     "labels": lambda: "\n".join(by_labels.lines(by_labels.read(RESULTS / "by_labels.jsonl"))),
     "draws": lambda: "\n".join(draws()),
     "site": lambda: "\n".join(matchseg.lines(matchseg.read_results(RESULTS / "matchseg.jsonl"))),
+    "few": lambda: "\n".join(matchseg.lines(matchseg.read_results(RESULTS / "matchseg_few.jsonl"))),
     "campaign": lambda: "\n".join(campaign.lines(sorted(RESULTS.glob("campaign/*/campaign.json")))),
     "first": lambda: "\n".join(first_image.lines(read(RESULTS / "first_image.json"))),
     "confidence": lambda: "\n".join(confidence.lines(read(RESULTS / "confidence.json")["sets"])),
