@@ -86,8 +86,3 @@ def _is_zombie(process: psutil.Process) -> bool:
         return True
     except (psutil.Error, OSError):  # not told is not gone
         return False
-
-
-def is_running(pid: int) -> bool:
-    """Whether there is a process of this number."""
-    return bool(psutil.pid_exists(pid))

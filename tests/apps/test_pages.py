@@ -395,7 +395,10 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     folder.mkdir(parents=True)
     told = {"epoch": 3, "total_epochs": 40, "best_metric": 0.71, "best_epoch": 2, "seconds": 90}
     progress = folder / "progress.json"
-    progress.write_text(json.dumps({**told, "running": True, "pid": os.getpid()}))
+    progress.write_text(json.dumps({**told, "process": identity()}))
+    outcome = folder / "outcome.json"
+    under_way = {"message": "", "failed": False, "process": identity()}
+    outcome.write_text(json.dumps(under_way))
     rows = ["epoch,loss,dice,seconds", "1,0.9,0.5,30", "2,0.5,0.71,60", "3,0.4,0.70,90", "4,0."]
     (folder / "log.csv").write_text("\n".join(rows))
     page = get(ours, "status").text
@@ -405,28 +408,25 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     assert "http-equiv" not in page
     assert 'http-equiv="refresh"' in get(ours, "status?follow=1").text
     assert get(ours, "training.svg").content.startswith(b"<svg")
-    progress.write_text(json.dumps({**told, "running": True, "pid": 2**22 + 1}))  # it was killed
+    assert "was ended before it was done" not in page
+    progress.write_text(json.dumps({**told, "process": f"{os.getpid()}:1"}))  # the one before
+    page = get(ours, "status?follow=1").text
+    assert "the labelled images are being read" in page
+    assert "epoch 3" not in page
+    assert 'http-equiv="refresh"' in page
+    outcome.write_text(json.dumps({**under_way, "process": f"{os.getpid()}:1"}))  # it was killed
     page = get(ours, "status").text
     assert "Not running" in page
-    outcome = folder / "outcome.json"
-    under_way = {"message": "", "failed": False}
-    outcome.write_text(json.dumps({**under_way, "process": f"{os.getpid()}:1"}))
-    assert "was ended before it was done" in get(ours, "status").text
-    progress.write_text(json.dumps({**told, "running": False, "pid": os.getpid()}))
-    outcome.write_text(json.dumps({**under_way, "process": identity()}))
-    page = get(ours, "status?follow=1").text  # the epochs are over, and networks are measured
-    assert "Running: epoch 3" in page
-    assert 'http-equiv="refresh"' in page
-    assert "was ended before it was done" not in page
-    outcome.write_text(json.dumps({"message": "The disk is full.", "failed": True}))
+    assert "was ended before it was done" in page
+    outcome.write_text(json.dumps({**under_way, "message": "The disk is full.", "failed": True}))
     page = get(ours, "status").text
     assert "The last training failed: The disk is full." in page
     assert "was ended before it was done" not in page
-    outcome.write_text(json.dumps({"message": "Published as 1.", "failed": False}))
+    outcome.write_text(json.dumps({**under_way, "message": "Published as 1."}))
     page = get(ours, "status").text
     assert "Published as 1." in page
     assert "failed" not in page
-    outcome.write_text(json.dumps({**under_way, "process": identity()}))
+    outcome.write_text(json.dumps(under_way))
     progress.unlink()
     assert "the labelled images are being read" in get(ours, "status").text
     outcome.write_text("{half")

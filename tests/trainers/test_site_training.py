@@ -88,6 +88,7 @@ def job(folder: Path, cases: Sequence[PackedCase], **plan: Any) -> SiteJob:
         plan=SitePlan(**{"steps": 2, "images": 3, "epochs": 2, **plan}),
         settings=RefSegSettings(device="cpu"),
         mark="the same",
+        process="nobody:0",
     )
 
 

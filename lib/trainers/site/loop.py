@@ -4,7 +4,6 @@ import copy
 import csv
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +81,7 @@ class SiteJob:
         plan: how.
         settings: options of retrieval, and of how images were cut.
         mark: of all that must be the same for a stopped training to go on.
+        process: `identity` of the one that trains; with several GPUs it starts others.
     """
 
     folder: Path
@@ -93,6 +93,7 @@ class SiteJob:
     plan: SitePlan
     settings: RefSegSettings
     mark: str
+    process: str
 
 
 @dataclass
@@ -125,7 +126,7 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
     )
     began, before = time.monotonic(), state.spent
     if ranks.first:
-        _write_progress(job, state, running=True)
+        _write_progress(job, state)
     images = plan.images
     while not ranks.agreed(_ended(plan, state)):
         episodes = SiteEpisodes(
@@ -167,8 +168,6 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
             found = validator.measure(MatchSegSegmenter(net, digest="training", device=str(device)))
             state.spent = before + time.monotonic() - began
             _note(job, state, found.dice, losses)
-    if ranks.first:
-        _write_progress(job, state, running=False)
 
 
 def _begin(job: SiteJob, device: torch.device) -> _State:
@@ -267,7 +266,7 @@ def _note(job: SiteJob, state: _State, dice: float, losses: list[float]) -> None
             save_weights(state.averaged, job.folder / BEST)
         _log(job.folder / LOG, [state.epoch, f"{mean:.4f}", f"{dice:.4f}", f"{state.spent:.0f}"])
         _save(job, state)
-        _write_progress(job, state, running=True)
+        _write_progress(job, state)
     except Exception as error:  # safetensors and torch have errors of their own for a full disk
         for name in (CHECKPOINT, BEST):
             (job.folder / name).with_suffix(".part").unlink(missing_ok=True)
@@ -302,7 +301,7 @@ def _save(job: SiteJob, state: _State) -> None:
     publish(stage(path, lambda file: torch.save(parts, file)), path)
 
 
-def _write_progress(job: SiteJob, state: _State, *, running: bool) -> None:
+def _write_progress(job: SiteJob, state: _State) -> None:
     """What `/info` shows of a training, in the fields that clients read."""
     told: dict[str, Any] = {
         "epoch": state.epoch,
@@ -311,8 +310,7 @@ def _write_progress(job: SiteJob, state: _State, *, running: bool) -> None:
         "best_epoch": state.best_epoch,
         "seconds": round(state.spent, 1),
         "images": len(job.training) + len(job.validation),
-        "running": running,
-        "pid": os.getpid(),
+        "process": job.process,
     }
     write_json(job.folder / PROGRESS, told)
 

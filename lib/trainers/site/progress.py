@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.machine import is_alive, is_running
+from lib.machine import is_alive
 from lib.trainers.site.loop import LOG, PROGRESS
 from lib.trainers.site.training import OUTCOME
 
@@ -25,7 +25,7 @@ class TrainingProgress:
         best_epoch: when that was.
         seconds: of training.
         images: labelled images that it has, to learn from and to measure on.
-        running: its process is alive, and has not said that it is done.
+        running: it is the one that runs now; its epochs may be over, and networks be measured.
     """
 
     epoch: int
@@ -45,11 +45,13 @@ class Outcome:
         message: in a sentence; empty while it runs.
         failed: it ended by an error.
         running: it has not ended: images are read, epochs trained, or networks measured.
+        process: `identity` of the one that trains or trained.
     """
 
     message: str
     failed: bool
     running: bool
+    process: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def read_progress(folder: Path) -> TrainingProgress | None:
             best_epoch=int(told.get("best_epoch", 0)),
             seconds=float(told["seconds"]),
             images=int(told.get("images", 0)),
-            running=_runs(told, read_outcome(folder)),
+            running=_runs(str(told["process"]), read_outcome(folder)),
         )
     except FileNotFoundError:
         return None
@@ -88,10 +90,11 @@ def read_outcome(folder: Path) -> Outcome | None:
     try:
         told = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
         message, failed = str(told["message"]), bool(told["failed"])
-        running = not message and is_alive(str(told["process"]))
+        process = str(told["process"])
+        running = not message and is_alive(process)
         if not message and not running:
             message = "The last training was ended before it was done."
-        return Outcome(message, failed, running)
+        return Outcome(message, failed, running, process)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -115,11 +118,9 @@ def read_epochs(folder: Path) -> list[Epoch]:
     return found
 
 
-def _runs(told: dict[str, Any], outcome: Outcome | None) -> bool:
-    """Epochs are over before the training is: then networks are measured."""
-    if outcome is not None:
-        return outcome.running
-    return bool(told["running"]) and is_running(int(told["pid"]))
+def _runs(process: str, outcome: Outcome | None) -> bool:
+    """Not while a later training reads its images: these figures are of the one before."""
+    return outcome is not None and outcome.running and outcome.process == process
 
 
 def _epoch(row: dict[str, Any]) -> Epoch | None:

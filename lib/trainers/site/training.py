@@ -239,6 +239,7 @@ def fit(
         plan=options.plan,
         settings=settings,
         mark=_mark(options, config, training, validation),
+        process=identity(),
     )
     slices = sum(map(len, training))
     logger.info(
