@@ -1,7 +1,8 @@
 """The site's models on disk: versions that appear whole, one pointer that says which is current.
 
-`MODELS/<studies>/0003/` holds `weights.safetensors` and `card.json`; `current.json` names the
-versions that were current, the last one is. All writing is done beside the place and renamed.
+`MODELS/<studies>/0003/` holds `weights.safetensors`, `measured.safetensors` and `card.json`;
+`current.json` names the versions that were current, the last one is. All writing is done beside the
+place and renamed.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ from lib.models.network import MatchSegNet
 from lib.runtime import studies_name
 from lib.settings import RefSegSettings
 
-WEIGHTS, CARD, BANKS, POINTER = "weights.safetensors", "card.json", "banks.json", "current.json"
+WEIGHTS, MEASURED = "weights.safetensors", "measured.safetensors"
+CARD, BANKS, POINTER = "card.json", "banks.json", "current.json"
 KEPT = 3  # versions that stay on the disk: the current one and two to go back to
 LOCK_TIMEOUT_S = 10.0  # another process holds it for the time of renaming a file
 
@@ -39,14 +41,16 @@ class ModelCard:
     Attributes:
         version: its number; 0 before it is stored.
         sha256: of the weights file.
+        sha256_measured: of the weights that were measured, before the validation cases were learned
+            from, too; empty: they were not, and both are the same.
         date: UTC, ISO 8601.
         parent: the version that was current when it was trained; None: the bundled network.
         start: what its training started from, "bundled" or "scratch".
         dice: mean Dice on the validation cases, 0..1.
         dice_before: of the one that it was measured against, on the same cases.
         labels: names that it was trained on.
-        training: ids of the images that it learned from.
-        validation: ids of the images that it was measured on.
+        training: ids of the images that it had learned from when it was measured.
+        validation: ids of the images that it was measured on, and then learned from.
         epochs: how many were trained.
         seconds: how long that took.
         options: of the training.
@@ -64,6 +68,7 @@ class ModelCard:
     parent: int | None = None
     version: int = 0
     sha256: str = ""
+    sha256_measured: str = ""
     date: str = ""
 
 
@@ -134,12 +139,23 @@ class ModelStore:
         Raises:
             ModelStoreError: the file is absent, damaged, or of a network that is no more.
         """
-        path = self._place(card.version) / WEIGHTS
+        return self._load(card, WEIGHTS, card.sha256, device)
+
+    def load_measured(self, card: ModelCard, *, device: str | None = None) -> MatchSegSegmenter:
+        """As `load`, the network that the card's figures are of: it never saw `validation`."""
+        if not card.sha256_measured:
+            return self.load(card, device=device)
+        return self._load(card, MEASURED, card.sha256_measured, device)
+
+    def _load(
+        self, card: ModelCard, name: str, wanted: str, device: str | None
+    ) -> MatchSegSegmenter:
+        path = self._place(card.version) / name
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
-        if found != card.sha256:
+        if found != wanted:
             msg = (
                 f"The weights of model {card.version} are damaged: SHA-256 {found[:16]}, "
-                f"{card.sha256[:16]} was expected. Roll back (`models rollback`) or train again."
+                f"{wanted[:16]} was expected. Roll back (`models rollback`) or train again."
             )
             raise ModelStoreError(msg)
         try:
@@ -150,8 +166,15 @@ class ModelStore:
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def add(self, net: MatchSegNet, card: ModelCard) -> ModelCard:
+    def add(
+        self, net: MatchSegNet, card: ModelCard, *, measured: MatchSegNet | None = None
+    ) -> ModelCard:
         """Store a version without making it current: all of it appears, or nothing.
+
+        Args:
+            net: that answers.
+            card: what is known of it.
+            measured: that the card's figures are of, if it is another one.
 
         Returns:
             the card with version, parent, date and SHA-256.
@@ -162,9 +185,8 @@ class ModelStore:
         beside = self.folder / f".{uuid.uuid4().hex}.part"
         try:
             beside.mkdir(parents=True)
-            digest = save_weights(net, beside / WEIGHTS)
-            with (beside / WEIGHTS).open("rb+") as weights:
-                os.fsync(weights.fileno())
+            digest = _save(net, beside / WEIGHTS)
+            other = _save(measured, beside / MEASURED) if measured is not None else ""
             with self._lock():
                 history = self.history()
                 card = replace(
@@ -172,6 +194,7 @@ class ModelStore:
                     version=max([*self._numbers(), *history, 0]) + 1,
                     parent=history[-1] if history else None,
                     sha256=digest,
+                    sha256_measured=other,
                     date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 )
                 _write(beside / CARD, asdict(card))
@@ -181,7 +204,7 @@ class ModelStore:
         except Exception as error:  # safetensors has an error of its own for a full disk
             msg = (
                 f"The new model could not be stored in {self.folder}: {error}. Make room (about "
-                "10 MB) or name another folder (--conf site_models DIR), then train again."
+                "20 MB) or name another folder (--conf site_models DIR), then train again."
             )
             raise ModelStoreError(msg) from error
         finally:
@@ -289,6 +312,13 @@ class _Locked:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+
+def _save(net: MatchSegNet, path: Path) -> str:
+    digest = save_weights(net, path)
+    with path.open("rb+") as weights:
+        os.fsync(weights.fileno())
+    return digest
 
 
 def _banks(path: Path) -> list[str]:

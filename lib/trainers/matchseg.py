@@ -18,14 +18,10 @@ from lib.request_options import number, truth, whole
 from lib.settings import RefSegSettings
 from lib.site.serving import SiteModel
 from lib.studies.datastore import image_paths, labelled_images
+from lib.trainers.site.fitting import SCRATCH_RATE, TrainOptions
 from lib.trainers.site.loop import SitePlan
 from lib.trainers.site.progress import read_progress
-from lib.trainers.site.training import (
-    SCRATCH_RATE,
-    WORKROOM,
-    TrainOptions,
-    train_model,
-)
+from lib.trainers.site.training import WORKROOM, train_model
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ import requests
 import torch
 from PIL import Image
 
+from lib.models.matchseg import BUNDLED, load_weights
 from lib.models.network import MatchSegNet, NetworkConfig
 from lib.runtime import studies_name
 from lib.site.store import ModelCard, ModelStore
@@ -178,7 +179,7 @@ def test_a_killed_training_leaves_nothing_and_goes_on_where_it_was(labelled: Sit
     assert site.server.post_infer("p5", {}).ok
 
     done = int(stats["epoch"])
-    task = site.train(start="scratch", max_epochs=done + 1, early_stop_patience=0)
+    task = site.train(start="scratch", max_epochs=2 * (done + 1), early_stop_patience=0)
     assert task["status"] == "DONE", task
     said = "\n".join(task["details"])
     assert f"going on after epoch {done}" in said
@@ -198,6 +199,7 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     site = labelled
     truth = ball(5)[:, :, 0].T
     torch.manual_seed(0)
+    bundled = load_weights(BUNDLED)
     weak = MatchSegNet(NetworkConfig(size=64, tokens=32, heads=2, width=16, vote_dim=8))
     torch.nn.init.normal_(weak.head.weight, std=0.5)
     card = ModelCard(0.1, 0.0, "scratch", ("ball",), (), ())
@@ -217,8 +219,10 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     card = site.store.current()
     assert card is not None
     assert card.options["trained_share"] in SHARES
+    assert card.sha256_measured not in ("", card.sha256)  # it learned from all in the end
+    assert (card.epochs, len(card.training) + len(card.validation)) == (2, 5)
     left = {path.name for path in (site.store.folder / "training").iterdir()}
-    assert not left & {"cases", "best.safetensors", "blended.safetensors", "checkpoint.pt"}
+    assert not left & {"cases", "all", "best.safetensors", "blended.safetensors", "checkpoint.pt"}
     mask, params = site.infer(tmp_path)  # no restart, and not a request later
     assert params["model"]["version"] == 2
     assert params["warnings"] == []
@@ -234,6 +238,13 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     again, params = site.infer(tmp_path)
     assert params["model"]["version"] == 1
     assert dice(again > 0, truth) == before
+
+    # To be beaten is what the figures are of, which has not learned from what is measured on.
+    twin = site.store.add(weak, ModelCard(0.9, 0.0, "scratch", ("ball",), (), ()), measured=bundled)
+    site.store.use(twin.version)
+    task = site.train(start="scratch", max_epochs=6)
+    assert f"of model {twin.version}" in "\n".join(task["details"])
+    assert "Not published: Dice 0." in "\n".join(task["details"])
 
 
 def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(

@@ -86,6 +86,21 @@ def test_rolling_back_leads_to_the_one_before_and_in_the_end_to_none(
     assert third.version == 3  # numbers are never given again
 
 
+def test_what_was_measured_is_kept_beside_what_answers(store: ModelStore, net: MatchSegNet) -> None:
+    torch.manual_seed(1)
+    other = MatchSegNet(SMALL)
+    made = store.add(net, card(), measured=other)
+    answers, measured = store.load(made, device="cpu"), store.load_measured(made, device="cpu")
+    assert (answers.digest, measured.digest) == (made.sha256, made.sha256_measured)
+    assert answers.digest != measured.digest
+    (store.folder / "0001" / "measured.safetensors").unlink()
+    assert store.load(made, device="cpu").digest == made.sha256
+    with pytest.raises(ModelStoreError, match="absent"):
+        store.load_measured(made, device="cpu")
+    alone = store.add(net, card())  # as models were before there was another one
+    assert store.load_measured(alone, device="cpu").digest == alone.sha256
+
+
 def test_a_flipped_bit_is_refused_with_the_way_out(store: ModelStore, net: MatchSegNet) -> None:
     made = published(store, net)
     path = store.folder / "0001" / "weights.safetensors"

@@ -1,8 +1,10 @@
 """Training of a site's own model: packed cases, split, episodes, the loop; on discs in noise."""
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from lib.trainers.pretraining.loop import forward
 from lib.trainers.site.blending import blend
 from lib.trainers.site.distributed import Ranks, run_on
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
-from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, SiteJob, SitePlan, train_site
+from lib.trainers.site.fitting import TrainOptions, fit, refit
+from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, PROGRESS, SiteJob, SitePlan, train_site
 from lib.trainers.site.packing import (
     MOST_SLICES,
     SIDE,
@@ -30,8 +33,8 @@ from lib.trainers.site.packing import (
     pack_cases,
     pack_unlabelled,
 )
+from lib.trainers.site.progress import read_epochs
 from lib.trainers.site.split import groups_of, split
-from lib.trainers.site.training import TrainOptions, fit
 from lib.trainers.site.validation import Validation, Validator, volume_of
 from lib.types import LabelledImage
 
@@ -356,9 +359,53 @@ def test_what_a_training_comes_to_is_the_blend_and_was_measured(
     new, old = load_weights(tmp_path / BEST).state_dict(), load_weights(BUNDLED).state_dict()
     for name, value in load_weights(found.weights).state_dict().items():
         assert torch.equal(value, old[name].lerp(new[name], found.trained_share).half().float())
-    validator = Validator(found.training, found.validation, settings, room=tmp_path)
+    validator = Validator(found.job.training, found.job.validation, settings, room=tmp_path)
     again = validator.measure(MatchSegSegmenter.load(found.weights, device="cpu"))
     assert again == found.measured
+
+
+def test_at_last_it_learns_from_all_images_as_long_and_as_far(
+    labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SitePlan(epochs=3, steps=2, images=3, size=64, minutes=60)
+    options = TrainOptions(plan)
+    found = fit(labelled, tmp_path, options, RefSegSettings(device="cpu"))
+    found = replace(found, trained_share=0.75)
+    assert (found.job.plan.epochs, found.job.plan.minutes) == (2, 30)
+    measured = found.weights.read_bytes()
+    told = json.loads((tmp_path / PROGRESS).read_text())
+    assert (told["epoch"], told["total_epochs"]) == (2, 4)
+
+    seen: set[str] = set()
+    monkeypatch.setattr(PackedCase, "picture", _noting(PackedCase.picture, seen))
+    final = refit(found, options)
+    kept = {case.image_id for case in found.job.validation}
+    assert kept
+    assert kept <= seen  # otherwise all of this would be for nothing
+    assert found.weights.read_bytes() == measured
+    told = json.loads((tmp_path / PROGRESS).read_text())
+    assert (told["epoch"], told["total_epochs"]) == (4, 4)
+    assert told["best_metric"] == pytest.approx(found.end.best, abs=1e-4)
+    new, old = load_weights(final.parent / BEST).state_dict(), load_weights(BUNDLED).state_dict()
+    first = load_weights(tmp_path / BEST).state_dict()
+    assert any(not torch.equal(value, first[name]) for name, value in new.items())
+    for name, value in load_weights(final).state_dict().items():
+        assert torch.equal(value, old[name].lerp(new[name], 0.75).half().float())
+    assert len(read_epochs(tmp_path)) == 2  # those that were measured
+
+    state = torch.load(final.parent / CHECKPOINT, weights_only=True)
+    assert state["epoch"] == 2
+    refit(found, options)  # nothing is left to be done
+    again = torch.load(final.parent / CHECKPOINT, weights_only=True)
+    assert again["spent"] == state["spent"]
+
+
+def _noting(picture: Any, seen: set[str]) -> Any:
+    def read(case: PackedCase, index: int) -> Any:
+        seen.add(case.image_id)
+        return picture(case, index)
+
+    return read
 
 
 def test_it_ends_early_when_nothing_gets_better(cases: list[PackedCase], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ al., arXiv 2109.01903, section 3: theta = (1 - a) theta_0 + a theta_1).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,25 +64,39 @@ def blend(start: Path | None, trained: Path, validator: Validator, *, device: st
         for share, one in found.items()
         if not any(other.beats(one) for other in found.values())
     )
-    path = trained.parent / BLENDED
+    return Blend(_write(networks[kept], trained.parent / BLENDED), kept, found[kept])
+
+
+def mix(start: Path | None, trained: Path, share: float, target: Path) -> Path:
+    """Write the network so far on the way from the start to what it came to.
+
+    Raises:
+        TrainingError: the disk is full.
+    """
+    return _write(dict(_between(start, trained, (share,)))[share], target)
+
+
+def _between(
+    start: Path | None, trained: Path, shares: Sequence[float] = SHARES
+) -> Iterator[tuple[float, MatchSegNet]]:
+    new = load_weights(trained)
+    if start is None:
+        yield 1.0, new
+        return
+    old, end = load_weights(start).state_dict(), new.state_dict()
+    for share in shares:
+        net = MatchSegNet(new.config)
+        net.load_state_dict({name: old[name].lerp(end[name], share).half() for name in end})
+        yield share, net.eval()  # rounded as it is kept
+
+
+def _write(net: MatchSegNet, path: Path) -> Path:
     try:
-        save_weights(networks[kept], path)
+        save_weights(net, path)
     except OSError as error:
         msg = (
             f"The training cannot write to {path.parent} ({error}). Make room (about 10 MB), then "
             "train again: it goes on after the last whole epoch."
         )
         raise TrainingError(msg) from error
-    return Blend(path, kept, found[kept])
-
-
-def _between(start: Path | None, trained: Path) -> Iterator[tuple[float, MatchSegNet]]:
-    new = load_weights(trained)
-    if start is None:
-        yield 1.0, new
-        return
-    old, end = load_weights(start).state_dict(), new.state_dict()
-    for share in SHARES:
-        net = MatchSegNet(new.config)
-        net.load_state_dict({name: old[name].lerp(end[name], share).half() for name in end})
-        yield share, net.eval()  # rounded as it is kept
+    return path

@@ -2,12 +2,13 @@
 
 import copy
 import csv
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ class SitePlan:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """How far a training went, for one that follows it to be told together with it.
+
+    Attributes:
+        folder: its progress is told there.
+        epochs: done.
+        best: best mean Dice in validation, 0..1.
+        best_epoch: when that was.
+        seconds: spent.
+    """
+
+    folder: Path
+    epochs: int
+    best: float
+    best_epoch: int
+    seconds: float
+
+
 @dataclass(frozen=True, eq=False)
 class SiteJob:
     """All that a process needs to train; can be sent to another one.
@@ -76,12 +96,13 @@ class SiteJob:
         start: weights to begin with; None: new ones of this size of network.
         config: of the network.
         training: cases to learn from.
-        validation: cases to measure on.
+        validation: cases to measure on; none: the last weights are the best.
         unlabelled: file of `pack_unlabelled`.
         plan: how.
         settings: options of retrieval, and of how images were cut.
         mark: of all that must be the same for a stopped training to go on.
         process: `identity` of the one that trains; with several GPUs it starts others.
+        earlier: training that this one follows.
     """
 
     folder: Path
@@ -94,6 +115,7 @@ class SiteJob:
     settings: RefSegSettings
     mark: str
     process: str
+    earlier: Earlier | None = None
 
 
 @dataclass
@@ -121,7 +143,7 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
     size = plan.size or state.net.config.size
     validator = (
         Validator(job.training, job.validation, job.settings, room=job.folder)
-        if ranks.first
+        if ranks.first and job.validation
         else None
     )
     began, before = time.monotonic(), state.spent
@@ -163,11 +185,14 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
             torch.cuda.empty_cache()
             continue
         state.epoch += 1
-        if validator is not None:
-            net = copy.deepcopy(state.averaged)
-            found = validator.measure(MatchSegSegmenter(net, digest="training", device=str(device)))
+        if ranks.first:
+            dice = None
+            if validator is not None:
+                net = copy.deepcopy(state.averaged)
+                segmenter = MatchSegSegmenter(net, digest="training", device=str(device))
+                dice = validator.measure(segmenter).dice
             state.spent = before + time.monotonic() - began
-            _note(job, state, found.dice, losses)
+            _note(job, state, dice, losses)
 
 
 def _begin(job: SiteJob, device: torch.device) -> _State:
@@ -256,15 +281,23 @@ def _step(
     return float(loss.item())
 
 
-def _note(job: SiteJob, state: _State, dice: float, losses: list[float]) -> None:
+def read_end(folder: Path) -> Earlier:
+    """How far the training in a folder went, after its first epoch."""
+    told = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    return Earlier(folder, told["epoch"], told["best_metric"], told["best_epoch"], told["seconds"])
+
+
+def _note(job: SiteJob, state: _State, dice: float | None, losses: list[float]) -> None:
     """Keep what is best, write the checkpoint, tell how far it is."""
-    state.history.append(dice)
     mean = sum(losses) / max(1, len(losses))
     try:
-        if dice > state.best:
-            state.best, state.best_epoch = dice, state.epoch
+        if dice is None or dice > state.best:
+            state.best, state.best_epoch = dice or 0.0, state.epoch
             save_weights(state.averaged, job.folder / BEST)
-        _log(job.folder / LOG, [state.epoch, f"{mean:.4f}", f"{dice:.4f}", f"{state.spent:.0f}"])
+        if dice is not None:
+            state.history.append(dice)
+            told = [state.epoch, f"{mean:.4f}", f"{dice:.4f}", f"{state.spent:.0f}"]
+            _log(job.folder / LOG, told)
         _save(job, state)
         _write_progress(job, state)
     except Exception as error:  # safetensors and torch have errors of their own for a full disk
@@ -275,14 +308,8 @@ def _note(job: SiteJob, state: _State, dice: float, losses: list[float]) -> None
             "train again: it goes on after the last whole epoch."
         )
         raise TrainingError(msg) from error
-    logger.info(
-        "epoch %d of %d: loss %.3f, Dice %.4f in validation (best %.4f)",
-        state.epoch,
-        job.plan.epochs,
-        mean,
-        dice,
-        state.best,
-    )
+    measured = "" if dice is None else f", Dice {dice:.4f} in validation (best {state.best:.4f})"
+    logger.info("epoch %d of %d: loss %.3f%s", state.epoch, job.plan.epochs, mean, measured)
 
 
 def _save(job: SiteJob, state: _State) -> None:
@@ -303,16 +330,22 @@ def _save(job: SiteJob, state: _State) -> None:
 
 def _write_progress(job: SiteJob, state: _State) -> None:
     """What `/info` shows of a training, in the fields that clients read."""
+    now = Earlier(job.folder, state.epoch, max(0.0, state.best), state.best_epoch, state.spent)
+    total = 2 * job.plan.epochs  # with the training that follows, which is no longer
+    if job.earlier is not None:
+        first, total = job.earlier, job.earlier.epochs + job.plan.epochs
+        seconds = first.seconds + state.spent
+        now = replace(first, epochs=first.epochs + state.epoch, seconds=seconds)
     told: dict[str, Any] = {
-        "epoch": state.epoch,
-        "total_epochs": job.plan.epochs,
-        "best_metric": round(max(0.0, state.best), 4),
-        "best_epoch": state.best_epoch,
-        "seconds": round(state.spent, 1),
+        "epoch": now.epochs,
+        "total_epochs": total,
+        "best_metric": round(now.best, 4),
+        "best_epoch": now.best_epoch,
+        "seconds": round(now.seconds, 1),
         "images": len(job.training) + len(job.validation),
         "process": job.process,
     }
-    write_json(job.folder / PROGRESS, told)
+    write_json(now.folder / PROGRESS, told)
 
 
 def _log(path: Path, row: list[Any]) -> None:

@@ -1,0 +1,230 @@
+"""From labelled images to weights: pack, split, train, measure; then learn from all of them."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lib.errors import TrainingError
+from lib.machine import identity
+from lib.models.devices import choose_device
+from lib.models.matchseg import BUNDLED, load_weights
+from lib.models.network import NetworkConfig
+from lib.settings import RefSegSettings
+from lib.trainers.site.blending import blend, mix
+from lib.trainers.site.distributed import devices_for, run_on
+from lib.trainers.site.loop import (
+    BEST,
+    CHECKPOINT,
+    Earlier,
+    SiteJob,
+    SitePlan,
+    read_end,
+    train_site,
+)
+from lib.trainers.site.packing import PackedCase, Rules, pack_cases, pack_unlabelled
+from lib.trainers.site.split import FEWEST_CASES, split
+from lib.trainers.site.validation import Validation, Validator
+from lib.types import LabelledImage
+
+logger = logging.getLogger(__name__)
+
+CASES, UNLABELLED = "cases", "unlabelled.npy"  # in the folder, while a training is not over
+ALL, FINAL = "all", "final.safetensors"  # of the second training, in a folder of its own
+SCRATCH_RATE = 1e-3  # of all layers, where nothing was learned before
+MOST_UNLABELLED = 64
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; see `SitePlan` for the loop's own.
+
+    Attributes:
+        plan: of the loop.
+        start: "bundled" weights, or "scratch".
+        share: of the cases that are kept to measure on.
+        unlabelled: whether region tasks use images without labels, too.
+        several_gpus: whether to use all GPUs there are.
+        resume: whether to go on with a training that was stopped.
+    """
+
+    plan: SitePlan = field(default_factory=SitePlan)
+    start: Literal["bundled", "scratch"] = "bundled"
+    share: float = 0.2
+    unlabelled: bool = True
+    several_gpus: bool = True
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training came to.
+
+    Attributes:
+        weights: of the best epoch, or between these and those it started with.
+        trained_share: of the trained weights in them, 0..1.
+        job: what it had to learn from, and to measure on.
+        measured: how good the weights are on the latter.
+        end: how far it went.
+    """
+
+    weights: Path
+    trained_share: float
+    job: SiteJob
+    measured: Validation
+    end: Earlier
+
+
+def fit(
+    labelled: Sequence[LabelledImage],
+    room: Path,
+    options: TrainOptions,
+    settings: RefSegSettings,
+    *,
+    unlabelled: Sequence[Path] = (),
+    learned: Collection[str] = (),
+) -> Fitted:
+    """Train without publishing; goes on where an earlier call in this folder was stopped.
+
+    Args:
+        labelled: images with their labels.
+        room: folder for data, checkpoint and weights.
+        options: how to train.
+        settings: how images are cut, and the device.
+        unlabelled: images for region tasks.
+        learned: ids of images that the model to be beaten learned from: they are not measured on.
+
+    Raises:
+        TrainingError: see `train_model`.
+    """
+    if len(labelled) < FEWEST_CASES:
+        msg = (
+            f"{len(labelled)} images are labelled; training needs {FEWEST_CASES} at least (three "
+            "to learn from, one to measure by). Label and submit more."
+        )
+        raise TrainingError(msg)
+    device = choose_device(settings.device)
+    rules = Rules(settings.annotation, settings.window, settings.axis_index)
+    make_room(room)
+    logger.info("reading %d labelled images", len(labelled))
+    cases = pack_cases(labelled, room / CASES, rules)
+    chosen = split(cases, share=options.share, seed=options.plan.seed, learned=learned)
+    training = tuple(cases[i] for i in chosen.training)
+    validation = tuple(cases[i] for i in chosen.validation)
+    if not any(case.present.any() for case in training):
+        msg = "No label is drawn on any of the images to learn from; label what is to be found."
+        raise TrainingError(msg)
+    extra = None
+    if options.unlabelled and unlabelled and options.plan.regions > 0:
+        picks = np.random.default_rng(options.plan.seed).permutation(len(unlabelled))
+        some = [sorted(unlabelled)[i] for i in picks[:MOST_UNLABELLED]]
+        extra = pack_unlabelled(some, room / UNLABELLED, rules)
+    if not options.resume:
+        (room / CHECKPOINT).unlink(missing_ok=True)
+    config = load_weights(BUNDLED).config
+    plan = options.plan  # half of the time is for `refit`
+    job = SiteJob(
+        folder=room,
+        start=BUNDLED if options.start == "bundled" else None,
+        config=config,
+        training=training,
+        validation=validation,
+        unlabelled=extra,
+        plan=replace(plan, epochs=math.ceil(plan.epochs / 2), minutes=plan.minutes / 2),
+        settings=settings,
+        mark=_mark(options, config, training, validation),
+        process=identity(),
+    )
+    slices = sum(map(len, training))
+    logger.info(
+        "learning from %d slices of %d images, measuring on %d images, labels: %s",
+        slices,
+        len(training),
+        len(validation),
+        ", ".join(sorted({name for case in cases for name in case.labels})),
+    )
+    run_on(devices_for(device, several=options.several_gpus), train_site, job)
+    if not (room / BEST).exists():
+        msg = "Training ended before its first epoch did; give it more minutes."
+        raise TrainingError(msg)
+    end = read_end(room)
+    validator = Validator(training, validation, settings, room=room)
+    best = blend(job.start, room / BEST, validator, device=str(device))
+    return Fitted(best.weights, best.trained_share, job, best.measured, end)
+
+
+def refit(fitted: Fitted, options: TrainOptions) -> Path:
+    """Train again on all cases, those that were measured on, too, as long and as far as before.
+
+    Labels are few, and a fifth of them is much to do without. What this comes to cannot be
+    measured; what was measured is the same training with fewer labels.
+
+    Args:
+        fitted: the training with cases kept to measure on.
+        options: the same as for that.
+
+    Returns:
+        weights, in a folder of their own.
+
+    Raises:
+        TrainingError: see `train_model`.
+    """
+    first = fitted.job
+    room = first.folder / ALL
+    make_room(room)
+    if not options.resume:
+        (room / CHECKPOINT).unlink(missing_ok=True)
+    job = replace(
+        first,
+        folder=room,
+        training=(*first.training, *first.validation),
+        validation=(),
+        plan=replace(first.plan, epochs=fitted.end.epochs, patience=0),
+        earlier=fitted.end,
+    )
+    logger.info("learning from all %d images", len(job.training))
+    device = choose_device(first.settings.device)
+    run_on(devices_for(device, several=options.several_gpus), train_site, job)
+    return mix(first.start, room / BEST, fitted.trained_share, room / FINAL)
+
+
+def _mark(
+    options: TrainOptions,
+    config: NetworkConfig,
+    training: Sequence[PackedCase],
+    validation: Sequence[PackedCase],
+) -> str:
+    """Of all but how long: a stopped training may be given more time."""
+    plan = {
+        key: value
+        for key, value in asdict(options.plan).items()
+        if key not in ("epochs", "minutes", "patience")
+    }
+    start = hashlib.sha256(BUNDLED.read_bytes()).hexdigest() if options.start == "bundled" else ""
+    parts = (
+        plan,
+        options.start,
+        start,
+        config,
+        [case.digest for case in training],
+        [case.digest for case in validation],
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def make_room(room: Path) -> None:
+    """Make the folder that a training works in.
+
+    Raises:
+        TrainingError: it cannot be made.
+    """
+    try:
+        room.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"{room} cannot be made ({error}); name another folder (--conf site_models DIR)."
+        raise TrainingError(msg) from error
