@@ -90,6 +90,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             desk=self._desk,
             reviewer=self._reviewer,
             task=self._task,
+            segment=self._segment,
             datastore=self.datastore(),
         )
 
@@ -123,9 +124,10 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             lambda found: self._reviewer.confidence(found.evidence, found.own_share),
         )
         own = MatchSeg(self._site, self._task, self._runtime, self._labelled)
+        self._tasks: dict[str, InferTask] = {"refseg": self._task, "matchseg": own}
         if self._runtime.names()[0] == "matchseg":
-            return {"matchseg": own, "refseg": self._task}
-        return {"refseg": self._task, "matchseg": own}
+            self._tasks = {"matchseg": own, "refseg": self._task}
+        return self._tasks
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Clients show the progress of the first."""
@@ -181,6 +183,12 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         self._task.announce(image_id, names)
         self._training.label_saved()
         return {"refseg": "being learned; the next segmentation refers to it"}
+
+    def _segment(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """As 3D Slicer has it, unless told otherwise: by the first task that there is."""
+        first = next(task for task in self._tasks.values() if task.is_valid())
+        answer: tuple[str | None, dict[str, Any]] = first(request)
+        return answer
 
     def _count_labelled(self) -> int:
         """How many images are labelled, by the table alone: no image is looked for or fetched."""

@@ -110,6 +110,12 @@ class SiteModel:
             logger.error("the site's model cannot be told: %s", error)
             return None
 
+    def ready(self) -> Serving | None:
+        """The model that answered last, if it is still the current one; loads nothing."""
+        card = self.card()
+        with self._lock:
+            return self._ready if self._ready is not None and self._ready.card == card else None
+
     def serving(self) -> Serving:
         """The model to answer a request with.
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import threading
 import time
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import torch
 from PIL import Image
 
 from apps.refseg.server.page_login import LONGEST_S, MOST, Sessions
 from apps.refseg.server.page_parts import Shelf
 from lib.campaign.atlas import chart, survey
 from lib.machine import identity
+from lib.models.matchseg import BUNDLED, load_weights
 from lib.retrieval.ranking import PoolView
+from lib.site.store import ModelCard, ModelStore
 from tests.apps import browser
 from tests.apps.phantoms import (
     SHAPE,
@@ -292,6 +296,31 @@ def test_the_button_makes_a_mask_and_shows_the_references_that_it_came_from(
     truth = np.argwhere(ball(1)[:, :, 1].T)
     assert np.abs(changed.max(0) - truth.max(0) - 1).max() < 3  # the box lies above and left of it
     assert files_of(ours.studies) == before  # nothing was stored as a label
+
+
+def test_the_button_asks_the_sites_own_model_once_there_is_one(ours: ServeProcess) -> None:
+    address = "image?image=volume+1"
+    ours.request("POST", "/refseg/image", data={"image": "volume 1"})
+    assert "by matchseg, model" not in get(ours, address).text
+    room = next(path for path in (ours.studies.parent / "bank").iterdir()).name
+    store = ModelStore(ours.studies.parent / "models" / room)
+    card = ModelCard(0.8, 0.7, "bundled", ("label_1",), ("picture 00",), ("picture 01",))
+    net = load_weights(BUNDLED)
+    with torch.no_grad():
+        net.head.weight.mul_(1.01)  # or it would be the same network with the same memories
+    try:
+        store.use(store.add(net, card).version)
+        page = ours.request("POST", "/refseg/image", data={"image": "volume 1"}).text
+        assert "by matchseg, model 1," in page
+        assert "have changed since" not in page
+        store.rollback()
+        assert "labels or models have changed since" in get(ours, address).text
+        page = ours.request("POST", "/refseg/image", data={"image": "volume 1"}).text
+        assert "by matchseg, " in page
+        assert ", model 1" not in page
+        assert "have changed since" not in page
+    finally:
+        shutil.rmtree(store.folder)
 
 
 @pytest.mark.parametrize("sound", [True, False])

@@ -55,7 +55,8 @@ class Mask:
             is not there.
         found: the labels that were found.
         references: what it came from, the nearest of each image first.
-        generation: of the bank that it came from; -1 where that is not told.
+        bank: fingerprint of the bank that it came from; empty where that is not told.
+        generation: of that bank.
         maker: names of the networks.
         made: UTC, or empty.
         message: what a person should know.
@@ -68,6 +69,7 @@ class Mask:
     confidence: Mapping[str, float]
     found: frozenset[str]
     references: tuple[Used, ...]
+    bank: str
     generation: int
     maker: str
     made: str
@@ -97,7 +99,7 @@ class Masks:
             HTTPException: of the task, with a sentence.
         """
         path = str(self._parts.datastore.get_image_uri(image_id))
-        file, params = self._parts.task({"image": path})
+        file, params = self._parts.segment({"image": path})
         if file is None:
             raise HTTPException(500, "The segmentation has left no file.")
         try:
@@ -138,14 +140,21 @@ def _mask_of(image_id: str, file: Path, params: Mapping[str, Any], image: ImageV
         confidence={str(n): float(v) for n, v in dict(params.get("confidence") or {}).items()},
         found=frozenset(name for name, value in values.items() if value in drawn),
         references=_references(params.get("references") or {}),
+        bank=str(bank.get("fingerprint", "")),
         generation=int(bank.get("generation", -1)),
-        maker=f"{params.get('segmenter', '')}, {params.get('embedder', '')}",
+        maker=_maker(params),
         made=str(told.get("time") or time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())),
         message=str(params.get("message") or ""),
         shape=label_map.shape,
         mark=uuid.uuid4().hex,
         packed=zlib.compress(label_map.astype(np.uint16).tobytes(), 1),
     )
+
+
+def _maker(params: Mapping[str, Any]) -> str:
+    model = params.get("model")
+    version = f", model {model.get('version')}" if isinstance(model, Mapping) else ""
+    return f"{params.get('segmenter', '')}{version}, {params.get('embedder', '')}"
 
 
 def _references(told: Mapping[str, Any]) -> tuple[Used, ...]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,7 +27,9 @@ class Parts:
         site: the models that were trained here.
         desk: who is at work on what.
         reviewer: how far masks are trusted.
-        task: segments; the only one that is asked to work, and only when a button is pressed.
+        task: knows the labels.
+        segment: a request to the first task; the only one that is asked to work, and only when a
+            button is pressed.
         datastore: images and labels.
     """
 
@@ -36,6 +38,7 @@ class Parts:
     desk: Desk
     reviewer: Reviewer
     task: RefSeg
+    segment: Callable[[Mapping[str, Any]], tuple[str | None, dict[str, Any]]]
     datastore: Datastore
 
 

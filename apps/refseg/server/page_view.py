@@ -12,7 +12,7 @@ from apps.refseg.server.page_pictures import LARGE, Numbers, Over, Pictures, Wan
 from apps.refseg.server.page_pool import Drawn, Look, Overlook, PoolMap, Row, State
 from lib.errors import RefSegError
 from lib.evaluation.charts import Line, curves
-from lib.memory.records import BankStatus, LabelCount
+from lib.memory.records import BankStatus, BankVersion, LabelCount
 from lib.settings import AXIS_NAMES
 from lib.site.store import ModelCard, state_of
 from lib.studies.datastore import StudiesDatastore
@@ -181,8 +181,6 @@ class View:
         if chosen >= depth:
             raise HTTPException(404, f"There is no slice {chosen}; the last is {depth - 1}.")
         names = tuple((label.names or {}).values()) if label else ()
-        runtime = self._parts.runtime
-        known = runtime.bank.version.generation if runtime.ready else -1
         return Sheet(
             row=row,
             place=place,
@@ -191,9 +189,15 @@ class View:
             number=chosen,
             label=names,
             mask=mask,
-            current=mask is None or mask.generation in (known, -1),
+            current=mask is None or self._is_current(mask),
             numbers=self.numbers.of(*names, *(mask.values if mask else ())),
         )
+
+    def _is_current(self, mask: Mask) -> bool:
+        serving = self._parts.site.ready()
+        runtimes = [self._parts.runtime, *([serving.runtime] if serving else [])]
+        versions = [runtime.bank.version for runtime in runtimes if runtime.ready]
+        return not mask.bank or BankVersion(mask.generation, mask.bank) in versions
 
     def picture(self, image_id: str, *, number: str, axis: str, over: str, large: bool) -> bytes:
         """One JPEG.
