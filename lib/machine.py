@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -46,8 +47,12 @@ def let_others_first() -> None:
 
 def identity() -> str:
     """Of this process, among all that there have been on this machine."""
-    process = psutil.Process()
-    return f"{process.pid}:{process.create_time():.0f}"
+    return _identity(os.getpid())
+
+
+@cache  # told once: it is reckoned by the clock, which may be set meanwhile
+def _identity(pid: int) -> str:
+    return f"{pid}:{psutil.Process(pid).create_time():.0f}"
 
 
 def is_alive(who: str) -> bool:

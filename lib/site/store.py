@@ -50,9 +50,9 @@ class ModelCard:
         dice_before: of the one that it was measured against, on the same cases.
         labels: names that it was trained on.
         training: ids of the images that it had learned from when it was measured.
-        validation: ids of the images that it was measured on, and then learned from.
-        epochs: how many were trained.
-        seconds: how long that took.
+        validation: ids of the images that it was measured on, and then learned from, too.
+        epochs: how many were trained, on all images, too.
+        seconds: how long these took.
         options: of the training.
     """
 
@@ -142,7 +142,11 @@ class ModelStore:
         return self._load(card, WEIGHTS, card.sha256, device)
 
     def load_measured(self, card: ModelCard, *, device: str | None = None) -> MatchSegSegmenter:
-        """As `load`, the network that the card's figures are of: it never saw `validation`."""
+        """Load the network that the card's figures are of, which never saw `validation`.
+
+        Raises:
+            ModelStoreError: as `load`.
+        """
         if not card.sha256_measured:
             return self.load(card, device=device)
         return self._load(card, MEASURED, card.sha256_measured, device)
@@ -154,7 +158,7 @@ class ModelStore:
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
         if found != wanted:
             msg = (
-                f"The weights of model {card.version} are damaged: SHA-256 {found[:16]}, "
+                f"The weights of model {card.version} ({name}) are damaged: SHA-256 {found[:16]}, "
                 f"{wanted[:16]} was expected. Roll back (`models rollback`) or train again."
             )
             raise ModelStoreError(msg)

@@ -24,7 +24,7 @@ from lib.trainers.site.blending import blend
 from lib.trainers.site.distributed import Ranks, run_on
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
 from lib.trainers.site.fitting import TrainOptions, fit, refit
-from lib.trainers.site.loop import BEST, CHECKPOINT, LOG, PROGRESS, SiteJob, SitePlan, train_site
+from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob, SitePlan, train_site
 from lib.trainers.site.packing import (
     MOST_SLICES,
     SIDE,
@@ -33,7 +33,7 @@ from lib.trainers.site.packing import (
     pack_cases,
     pack_unlabelled,
 )
-from lib.trainers.site.progress import read_epochs
+from lib.trainers.site.progress import LOG, PROGRESS, read_epochs
 from lib.trainers.site.split import groups_of, split
 from lib.trainers.site.validation import Validation, Validator, volume_of
 from lib.types import LabelledImage
@@ -92,6 +92,7 @@ def job(folder: Path, cases: Sequence[PackedCase], **plan: Any) -> SiteJob:
         settings=RefSegSettings(device="cpu"),
         mark="the same",
         process="nobody:0",
+        total=2,
     )
 
 

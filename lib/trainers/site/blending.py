@@ -6,7 +6,6 @@ al., arXiv 2109.01903, section 3: theta = (1 - a) theta_0 + a theta_1).
 """
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +51,8 @@ def blend(start: Path | None, trained: Path, validator: Validator, *, device: st
     Raises:
         TrainingError: the disk is full.
     """
-    networks = dict(_between(start, trained))
+    shares = SHARES if start is not None else (1.0,)
+    networks = {share: _mixed(start, trained, share) for share in shares}
     found = {}
     for share, net in networks.items():
         segmenter = MatchSegSegmenter(net, digest="blended", device=device)
@@ -68,26 +68,27 @@ def blend(start: Path | None, trained: Path, validator: Validator, *, device: st
 
 
 def mix(start: Path | None, trained: Path, share: float, target: Path) -> Path:
-    """Write the network so far on the way from the start to what it came to.
+    """Write the weighted mean of two networks' weights.
+
+    Args:
+        start: weights that a training began with; None: with nothing, and its end is written.
+        trained: weights that it came to.
+        share: of the latter, 0..1.
+        target: file to write.
 
     Raises:
         TrainingError: the disk is full.
     """
-    return _write(dict(_between(start, trained, (share,)))[share], target)
+    return _write(_mixed(start, trained, share), target)
 
 
-def _between(
-    start: Path | None, trained: Path, shares: Sequence[float] = SHARES
-) -> Iterator[tuple[float, MatchSegNet]]:
-    new = load_weights(trained)
-    if start is None:
-        yield 1.0, new
-        return
-    old, end = load_weights(start).state_dict(), new.state_dict()
-    for share in shares:
-        net = MatchSegNet(new.config)
+def _mixed(start: Path | None, trained: Path, share: float) -> MatchSegNet:
+    net = load_weights(trained)
+    if start is not None:
+        old, end = load_weights(start).state_dict(), net.state_dict()
+        # rounded as it is kept
         net.load_state_dict({name: old[name].lerp(end[name], share).half() for name in end})
-        yield share, net.eval()  # rounded as it is kept
+    return net.eval()
 
 
 def _write(net: MatchSegNet, path: Path) -> Path:

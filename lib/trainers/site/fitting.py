@@ -18,16 +18,9 @@ from lib.models.network import NetworkConfig
 from lib.settings import RefSegSettings
 from lib.trainers.site.blending import blend, mix
 from lib.trainers.site.distributed import devices_for, run_on
-from lib.trainers.site.loop import (
-    BEST,
-    CHECKPOINT,
-    Earlier,
-    SiteJob,
-    SitePlan,
-    read_end,
-    train_site,
-)
+from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob, SitePlan, train_site
 from lib.trainers.site.packing import PackedCase, Rules, pack_cases, pack_unlabelled
+from lib.trainers.site.progress import Reached, read_reached
 from lib.trainers.site.split import FEWEST_CASES, split
 from lib.trainers.site.validation import Validation, Validator
 from lib.types import LabelledImage
@@ -68,7 +61,7 @@ class Fitted:
     Attributes:
         weights: of the best epoch, or between these and those it started with.
         trained_share: of the trained weights in them, 0..1.
-        job: what it had to learn from, and to measure on.
+        job: what it had to learn from, and to measure on; its plan has half of the time.
         measured: how good the weights are on the latter.
         end: how far it went.
     """
@@ -77,7 +70,7 @@ class Fitted:
     trained_share: float
     job: SiteJob
     measured: Validation
-    end: Earlier
+    end: Reached
 
 
 def fit(
@@ -89,7 +82,7 @@ def fit(
     unlabelled: Sequence[Path] = (),
     learned: Collection[str] = (),
 ) -> Fitted:
-    """Train without publishing; goes on where an earlier call in this folder was stopped.
+    """Train in half of the time; goes on where an earlier call in this folder was stopped.
 
     Args:
         labelled: images with their labels.
@@ -97,7 +90,7 @@ def fit(
         options: how to train.
         settings: how images are cut, and the device.
         unlabelled: images for region tasks.
-        learned: ids of images that the model to be beaten learned from: they are not measured on.
+        learned: ids of images that the network to be beaten learned from: they are not measured on.
 
     Raises:
         TrainingError: see `train_model`.
@@ -127,7 +120,8 @@ def fit(
     if not options.resume:
         (room / CHECKPOINT).unlink(missing_ok=True)
     config = load_weights(BUNDLED).config
-    plan = options.plan  # half of the time is for `refit`
+    plan = options.plan
+    half = replace(plan, epochs=math.ceil(plan.epochs / 2), minutes=plan.minutes / 2)
     job = SiteJob(
         folder=room,
         start=BUNDLED if options.start == "bundled" else None,
@@ -135,10 +129,11 @@ def fit(
         training=training,
         validation=validation,
         unlabelled=extra,
-        plan=replace(plan, epochs=math.ceil(plan.epochs / 2), minutes=plan.minutes / 2),
+        plan=half,
         settings=settings,
         mark=_mark(options, config, training, validation),
         process=identity(),
+        total=2 * half.epochs,  # `refit` makes as many
     )
     slices = sum(map(len, training))
     logger.info(
@@ -149,20 +144,17 @@ def fit(
         ", ".join(sorted({name for case in cases for name in case.labels})),
     )
     run_on(devices_for(device, several=options.several_gpus), train_site, job)
-    if not (room / BEST).exists():
-        msg = "Training ended before its first epoch did; give it more minutes."
-        raise TrainingError(msg)
-    end = read_end(room)
     validator = Validator(training, validation, settings, room=room)
     best = blend(job.start, room / BEST, validator, device=str(device))
-    return Fitted(best.weights, best.trained_share, job, best.measured, end)
+    return Fitted(best.weights, best.trained_share, job, best.measured, read_reached(room))
 
 
 def refit(fitted: Fitted, options: TrainOptions) -> Path:
-    """Train again on all cases, those that were measured on, too, as long and as far as before.
+    """Train again, on all cases, and go as far from the start as was measured to be best.
 
-    Labels are few, and a fifth of them is much to do without. What this comes to cannot be
-    measured; what was measured is the same training with fewer labels.
+    Labels are few, and a fifth of them is much to do without. It takes as many epochs as the first
+    training took in all, since on few cases the epoch that looks best does so by chance; its rate
+    falls to its end. What it comes to cannot be measured.
 
     Args:
         fitted: the training with cases kept to measure on.
@@ -172,7 +164,7 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
         weights, in a folder of their own.
 
     Raises:
-        TrainingError: see `train_model`.
+        TrainingError: the disk or the GPU is full.
     """
     first = fitted.job
     room = first.folder / ALL
@@ -185,7 +177,10 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
         training=(*first.training, *first.validation),
         validation=(),
         plan=replace(first.plan, epochs=fitted.end.epochs, patience=0),
+        mark=_digest(first.mark, fitted.end, _sha256(fitted.weights)),  # of this very first one
+        total=2 * fitted.end.epochs,
         earlier=fitted.end,
+        told=first.folder,
     )
     logger.info("learning from all %d images", len(job.training))
     device = choose_device(first.settings.device)
@@ -205,7 +200,7 @@ def _mark(
         for key, value in asdict(options.plan).items()
         if key not in ("epochs", "minutes", "patience")
     }
-    start = hashlib.sha256(BUNDLED.read_bytes()).hexdigest() if options.start == "bundled" else ""
+    start = _sha256(BUNDLED) if options.start == "bundled" else ""
     parts = (
         plan,
         options.start,
@@ -214,6 +209,14 @@ def _mark(
         [case.digest for case in training],
         [case.digest for case in validation],
     )
+    return _digest(*parts)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -1,21 +1,19 @@
 """The site's training loop: seeded, stops early or by the clock, goes on where it was killed."""
 
 import copy
-import csv
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lib.durable import publish, stage, write_json
+from lib.durable import publish, stage
 from lib.errors import TrainingError
 from lib.models.devices import is_out_of_memory
 from lib.models.matchseg import MatchSegSegmenter, load_weights, save_weights
@@ -26,11 +24,12 @@ from lib.trainers.pretraining.loop import forward
 from lib.trainers.site.distributed import Ranks
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
 from lib.trainers.site.packing import PackedCase
+from lib.trainers.site.progress import LOG, Epoch, Reached, log_epoch, write_progress
 from lib.trainers.site.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT, BEST, PROGRESS, LOG = "checkpoint.pt", "best.safetensors", "progress.json", "log.csv"
+CHECKPOINT, BEST = "checkpoint.pt", "best.safetensors"
 WARM_STEPS = 20
 FEWEST_IMAGES = 3
 PREPARED = 4  # episodes made ahead, where another device computes
@@ -68,25 +67,6 @@ class SitePlan:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """How far a training went, for one that follows it to be told together with it.
-
-    Attributes:
-        folder: its progress is told there.
-        epochs: done.
-        best: best mean Dice in validation, 0..1.
-        best_epoch: when that was.
-        seconds: spent.
-    """
-
-    folder: Path
-    epochs: int
-    best: float
-    best_epoch: int
-    seconds: float
-
-
 @dataclass(frozen=True, eq=False)
 class SiteJob:
     """All that a process needs to train; can be sent to another one.
@@ -102,7 +82,9 @@ class SiteJob:
         settings: options of retrieval, and of how images were cut.
         mark: of all that must be the same for a stopped training to go on.
         process: `identity` of the one that trains; with several GPUs it starts others.
-        earlier: training that this one follows.
+        total: epochs at most, with those of a training that precedes or follows this one.
+        earlier: how far the one went that precedes it.
+        told: progress goes there; None: to `folder`.
     """
 
     folder: Path
@@ -115,7 +97,9 @@ class SiteJob:
     settings: RefSegSettings
     mark: str
     process: str
-    earlier: Earlier | None = None
+    total: int
+    earlier: Reached | None = None
+    told: Path | None = None
 
 
 @dataclass
@@ -129,7 +113,6 @@ class _State:
     spent: float = 0.0
     best: float = -1.0
     best_epoch: int = 0
-    history: list[float] = field(default_factory=list)
 
 
 def train_site(ranks: Ranks, job: SiteJob) -> None:
@@ -148,7 +131,8 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
     )
     began, before = time.monotonic(), state.spent
     if ranks.first:
-        _write_progress(job, state)
+        with _explaining_a_full_disk(job):
+            _tell(job, state)
     images = plan.images
     while not ranks.agreed(_ended(plan, state)):
         episodes = SiteEpisodes(
@@ -223,7 +207,6 @@ def _begin(job: SiteJob, device: torch.device) -> _State:
             optimizer.load_state_dict(saved["optimizer"])
             state.epoch, state.spent = int(saved["epoch"]), float(saved["spent"])
             state.best, state.best_epoch = float(saved["best"]), int(saved["best_epoch"])
-            state.history = [float(value) for value in saved["history"]]
             logger.info("going on after epoch %d", state.epoch)
         elif saved:
             logger.info("labels or options are others than the checkpoint's: training starts anew")
@@ -281,33 +264,17 @@ def _step(
     return float(loss.item())
 
 
-def read_end(folder: Path) -> Earlier:
-    """How far the training in a folder went, after its first epoch."""
-    told = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    return Earlier(folder, told["epoch"], told["best_metric"], told["best_epoch"], told["seconds"])
-
-
 def _note(job: SiteJob, state: _State, dice: float | None, losses: list[float]) -> None:
     """Keep what is best, write the checkpoint, tell how far it is."""
     mean = sum(losses) / max(1, len(losses))
-    try:
+    with _explaining_a_full_disk(job):
         if dice is None or dice > state.best:
             state.best, state.best_epoch = dice or 0.0, state.epoch
             save_weights(state.averaged, job.folder / BEST)
         if dice is not None:
-            state.history.append(dice)
-            told = [state.epoch, f"{mean:.4f}", f"{dice:.4f}", f"{state.spent:.0f}"]
-            _log(job.folder / LOG, told)
+            log_epoch(job.folder, Epoch(state.epoch, mean, dice, state.spent))
         _save(job, state)
-        _write_progress(job, state)
-    except Exception as error:  # safetensors and torch have errors of their own for a full disk
-        for name in (CHECKPOINT, BEST):
-            (job.folder / name).with_suffix(".part").unlink(missing_ok=True)
-        msg = (
-            f"The training cannot write to {job.folder} ({error}). Make room (about 60 MB), then "
-            "train again: it goes on after the last whole epoch."
-        )
-        raise TrainingError(msg) from error
+        _tell(job, state)
     measured = "" if dice is None else f", Dice {dice:.4f} in validation (best {state.best:.4f})"
     logger.info("epoch %d of %d: loss %.3f%s", state.epoch, job.plan.epochs, mean, measured)
 
@@ -322,39 +289,37 @@ def _save(job: SiteJob, state: _State) -> None:
         "spent": state.spent,
         "best": state.best,
         "best_epoch": state.best_epoch,
-        "history": state.history,
     }
     path = job.folder / CHECKPOINT
     publish(stage(path, lambda file: torch.save(parts, file)), path)
 
 
-def _write_progress(job: SiteJob, state: _State) -> None:
-    """What `/info` shows of a training, in the fields that clients read."""
-    now = Earlier(job.folder, state.epoch, max(0.0, state.best), state.best_epoch, state.spent)
-    total = 2 * job.plan.epochs  # with the training that follows, which is no longer
+def _tell(job: SiteJob, state: _State) -> None:
+    now = Reached(state.epoch, max(0.0, state.best), state.best_epoch, state.spent)
     if job.earlier is not None:
-        first, total = job.earlier, job.earlier.epochs + job.plan.epochs
+        first = job.earlier
         seconds = first.seconds + state.spent
         now = replace(first, epochs=first.epochs + state.epoch, seconds=seconds)
-    told: dict[str, Any] = {
-        "epoch": now.epochs,
-        "total_epochs": total,
-        "best_metric": round(now.best, 4),
-        "best_epoch": now.best_epoch,
-        "seconds": round(now.seconds, 1),
-        "images": len(job.training) + len(job.validation),
-        "process": job.process,
-    }
-    write_json(now.folder / PROGRESS, told)
+    write_progress(
+        job.told or job.folder,
+        now,
+        total=job.total,
+        images=len(job.training) + len(job.validation),
+        process=job.process,
+        measures=bool(job.validation),
+    )
 
 
-def _log(path: Path, row: list[Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["epoch", "loss", "dice", "seconds"])
-        writer.writerow(row)
+@contextmanager
+def _explaining_a_full_disk(job: SiteJob) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        msg = (
+            f"The training cannot write to {job.folder} ({error}). Make room (about 150 MB), then "
+            "train again: it goes on after the last whole epoch."
+        )
+        raise TrainingError(msg) from error
 
 
 def _explained(error: RuntimeError) -> RuntimeError | TrainingError:

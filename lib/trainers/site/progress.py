@@ -1,4 +1,4 @@
-"""What a training has told of itself so far, read from its files by another process."""
+"""What a training tells of itself, in files that other processes read."""
 
 import csv
 import json
@@ -7,11 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.machine import is_alive
-from lib.trainers.site.loop import LOG, PROGRESS
-from lib.trainers.site.training import OUTCOME
+from lib.durable import write_json
+from lib.errors import TrainingError
+from lib.machine import identity, is_alive
 
 logger = logging.getLogger(__name__)
+
+PROGRESS, LOG = "progress.json", "log.csv"
+OUTCOME = "outcome.json"  # what the last training came to, in a sentence
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a training went, or is.
+
+    Attributes:
+        epochs: done.
+        best: best mean Dice in validation, 0..1.
+        best_epoch: when that was; 0: nothing was measured yet.
+        seconds: spent.
+    """
+
+    epochs: int
+    best: float
+    best_epoch: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,7 @@ class TrainingProgress:
         seconds: of training.
         images: labelled images that it has, to learn from and to measure on.
         running: it is the one that runs now; its epochs may be over, and networks be measured.
+        measures: whether some images are kept to measure on; at last it learns from these, too.
     """
 
     epoch: int
@@ -35,6 +56,7 @@ class TrainingProgress:
     seconds: float
     images: int
     running: bool
+    measures: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,59 @@ class Epoch:
     seconds: float
 
 
+def write_progress(
+    folder: Path, now: Reached, *, total: int, images: int, process: str, measures: bool
+) -> None:
+    """Tell how far it is, in the fields that clients read.
+
+    Args:
+        folder: of the training.
+        now: how far it is.
+        total: epochs at most, of all that belongs to it.
+        images: labelled images that it has.
+        process: `identity` of the one that trains.
+        measures: see `TrainingProgress`.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    told = {
+        "epoch": now.epochs,
+        "total_epochs": total,
+        "best_metric": round(now.best, 4),
+        "best_epoch": now.best_epoch,
+        "seconds": round(now.seconds, 1),
+        "images": images,
+        "process": process,
+        "measures": measures,
+    }
+    write_json(folder / PROGRESS, told)
+
+
+def write_outcome(folder: Path, message: str, *, failed: bool) -> None:
+    """Note how it ended, or, without a message, that this process trains. Never raises."""
+    try:
+        write_json(folder / OUTCOME, {"message": message, "failed": failed, "process": identity()})
+    except OSError as error:
+        logger.warning("it cannot be noted how the training goes: %s", error)
+
+
+def log_epoch(folder: Path, epoch: Epoch) -> None:
+    """Add a line to the log.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path = folder / LOG
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["epoch", "loss", "dice", "seconds"])
+        row = [epoch.number, f"{epoch.loss:.4f}", f"{epoch.dice:.4f}", f"{epoch.seconds:.0f}"]
+        writer.writerow(row)
+
+
 def read_progress(folder: Path) -> TrainingProgress | None:
     """What is told in the folder of a training; None before the first. Never raises."""
     path = folder / PROGRESS
@@ -76,7 +151,8 @@ def read_progress(folder: Path) -> TrainingProgress | None:
             best_epoch=int(told.get("best_epoch", 0)),
             seconds=float(told["seconds"]),
             images=int(told.get("images", 0)),
-            running=_runs(str(told["process"]), read_outcome(folder)),
+            running=_runs(str(told.get("process", "")), read_outcome(folder)),
+            measures=bool(told.get("measures", True)),
         )
     except FileNotFoundError:
         return None
@@ -85,12 +161,34 @@ def read_progress(folder: Path) -> TrainingProgress | None:
         return None
 
 
+def read_reached(folder: Path) -> Reached:
+    """How far the training in a folder went.
+
+    Raises:
+        TrainingError: its file cannot be read.
+    """
+    told = read_progress(folder)
+    if told is None:
+        msg = f"{folder / PROGRESS} cannot be read, so the training cannot go on; start it again."
+        raise TrainingError(msg)
+    return Reached(told.epoch, told.best, told.best_epoch, told.seconds)
+
+
+def close_progress(folder: Path) -> None:
+    """Say that no more epochs follow. Never raises."""
+    try:
+        told = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        write_json(folder / PROGRESS, {**told, "total_epochs": told["epoch"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("the end of the training cannot be told: %s", error)
+
+
 def read_outcome(folder: Path) -> Outcome | None:
     """How the last training ended, or that it runs; None before the first. Never raises."""
     try:
         told = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
         message, failed = str(told["message"]), bool(told["failed"])
-        process = str(told["process"])
+        process = str(told.get("process", ""))
         running = not message and is_alive(process)
         if not message and not running:
             message = "The last training was ended before it was done."

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from lib.durable import write_json
 from lib.errors import ModelStoreError, TrainingError
-from lib.machine import identity
 from lib.models.devices import choose_device
 from lib.models.matchseg import MatchSegSegmenter, load_weights
 from lib.settings import RefSegSettings
@@ -30,15 +28,15 @@ from lib.trainers.site.fitting import (
     make_room,
     refit,
 )
-from lib.trainers.site.loop import BEST, CHECKPOINT, read_end
-from lib.trainers.site.validation import TEMPORARY, Validator
+from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob
+from lib.trainers.site.progress import Reached, close_progress, read_reached, write_outcome
+from lib.trainers.site.validation import TEMPORARY, Validation, Validator
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 WORKROOM = "training"  # folder beside the versions: data, checkpoint, progress
-OUTCOME = "outcome.json"  # in it: what the last training came to, in a sentence
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,13 @@ def train_model(
     """
     room = site.store.folder / WORKROOM
     with _alone(room):
-        _tell(room, "", failed=False)
+        write_outcome(room, "", failed=False)
         try:
             report = _train(site, settings, labelled, options, unlabelled)
         except Exception as error:
-            _tell(room, str(error) or type(error).__name__, failed=True)
+            write_outcome(room, str(error) or type(error).__name__, failed=True)
             raise
-        _tell(room, report.message, failed=False)
+        write_outcome(room, report.message, failed=False)
     logger.info("%s", report.message)
     return report
 
@@ -105,68 +103,74 @@ def _train(
     in_use = site.card()
     learned = in_use.training if in_use is not None else ()
     fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=learned)
-    first = fitted.job
-    validator = Validator(first.training, first.validation, settings, room=room)
-    device = str(choose_device(settings.device))
-    current, before = _current(site, device)
-    old, new = validator.measure(before), fitted.measured
-    what = f"model {current.version}" if current else "the bundled network"
+    what, old = _measure_current(site, fitted.job)
+    new = fitted.measured
     figures = (
         f"Dice {new.dice:.4f} against {old.dice:.4f} of {what}, on "
-        f"{len(first.validation)} validation images"
+        f"{len(fitted.job.validation)} validation images"
     )
-    card = None
+    card, end = None, fitted.end
     if new.gain_over(old) > 0:  # `beats` would refuse what few images cannot tell, and mostly helps
-        final, measured = (load_weights(path) for path in (refit(fitted, options), fitted.weights))
-        card = _card(fitted, options, new.dice, old.dice, time.monotonic() - start)
-        card = store.add(final, card, measured=measured)
+        final = load_weights(refit(fitted, options))
+        end = read_reached(room)
+        card = _card(fitted, options, old.dice, end)
+        card = store.add(final, card, measured=load_weights(fitted.weights))
         site.publish(card)
         message = f"Published as model {card.version}: {figures}; then it learned from these, too."
     else:
         message = f"Not published: {figures}; {what} stays in use."
     for name in (CHECKPOINT, BEST, BLENDED, UNLABELLED):
         (room / name).unlink(missing_ok=True)
+    close_progress(room)
     shutil.rmtree(room / ALL, ignore_errors=True)
     shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images
-    spent, epochs = time.monotonic() - start, read_end(room).epochs
-    return TrainingReport(card is not None, new.dice, old.dice, card, epochs, spent, message)
+    spent = time.monotonic() - start
+    return TrainingReport(card is not None, new.dice, old.dice, card, end.epochs, spent, message)
 
 
-def _tell(room: Path, message: str, *, failed: bool) -> None:
-    """Note how it ended, or, without a message, that this process trains."""
-    try:
-        write_json(room / OUTCOME, {"message": message, "failed": failed, "process": identity()})
-    except OSError as error:
-        logger.warning("it cannot be noted how the training goes: %s", error)
-
-
-def _current(site: SiteModel, device: str) -> tuple[ModelCard | None, MatchSegSegmenter]:
-    """What answers now and is to be beaten, as it was before it learned from all images.
+def _measure_current(site: SiteModel, job: SiteJob) -> tuple[str, Validation]:
+    """What is to be beaten, on the cases kept, as it was before it learned from all images.
 
     Otherwise images that it was measured on could not serve to measure again.
     """
+    device = str(choose_device(job.settings.device))
+    what, segmenter = "the bundled network", None
     try:
         card = site.store.current()
         if card is not None:
-            return card, site.store.load_measured(card, device=device)
+            what, segmenter = f"model {card.version}", _as_measured(site, card, device)
     except ModelStoreError as error:
         logger.warning("%s The new model is measured against the bundled network.", error)
-    return None, MatchSegSegmenter.load_bundled(device=device)
+        what = "the bundled network"
+    if segmenter is None:
+        segmenter = MatchSegSegmenter.load_bundled(device=device)
+    validator = Validator(job.training, job.validation, job.settings, room=job.folder)
+    found = validator.measure(segmenter)
+    if torch.cuda.is_available():  # room for the training that may follow
+        del segmenter
+        torch.cuda.empty_cache()
+    return what, found
 
 
-def _card(
-    fitted: Fitted, options: TrainOptions, dice: float, before: float, seconds: float
-) -> ModelCard:
-    first = fitted.job
+def _as_measured(site: SiteModel, card: ModelCard, device: str) -> MatchSegSegmenter:
+    try:
+        return site.store.load_measured(card, device=device)
+    except ModelStoreError as error:
+        logger.warning("%s It is measured as it answers, which flatters it.", error)
+        return site.store.load(card, device=device)
+
+
+def _card(fitted: Fitted, options: TrainOptions, before: float, end: Reached) -> ModelCard:
+    job = fitted.job
     return ModelCard(
-        dice=round(dice, 6),
+        dice=round(fitted.measured.dice, 6),
         dice_before=round(before, 6),
         start=options.start,
-        labels=tuple(sorted({name for case in first.training for name in case.labels})),
-        training=tuple(case.image_id for case in first.training),
-        validation=tuple(case.image_id for case in first.validation),
-        epochs=read_end(first.folder).epochs,
-        seconds=round(seconds, 1),
+        labels=tuple(sorted({name for case in job.training for name in case.labels})),
+        training=tuple(case.image_id for case in job.training),
+        validation=tuple(case.image_id for case in job.validation),
+        epochs=end.epochs,
+        seconds=round(end.seconds, 1),
         options={**asdict(options.plan), "trained_share": fitted.trained_share},
     )
 
