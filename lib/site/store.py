@@ -50,7 +50,7 @@ class ModelCard:
         dice_before: of the one that it was measured against, on the same cases.
         labels: names that it was trained on.
         training: ids of the images that it had learned from when it was measured.
-        validation: ids of the images that it was measured on, and then learned from, too.
+        validation: ids of the images that it was measured on.
         epochs: how many were trained, on all images, too.
         seconds: how long these took.
         options: of the training.
@@ -70,6 +70,11 @@ class ModelCard:
     sha256: str = ""
     sha256_measured: str = ""
     date: str = ""
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Ids of all images that the network that answers has learned from."""
+        return (*self.training, *(self.validation if self.sha256_measured else ()))
 
 
 class ModelStore:
@@ -158,7 +163,7 @@ class ModelStore:
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
         if found != wanted:
             msg = (
-                f"The weights of model {card.version} ({name}) are damaged: SHA-256 {found[:16]}, "
+                f"The weights of model {card.version} are damaged ({name}): SHA-256 {found[:16]}, "
                 f"{wanted[:16]} was expected. Roll back (`models rollback`) or train again."
             )
             raise ModelStoreError(msg)

@@ -438,11 +438,17 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     assert 'http-equiv="refresh"' in get(ours, "status?follow=1").text
     assert get(ours, "training.svg").content.startswith(b"<svg")
     assert "was ended before it was done" not in page
+    assert "learns from all images" not in page
+    progress.write_text(json.dumps({**told, "process": identity(), "measures": False}))
+    assert "learns from all images now" in get(ours, "status").text
+    progress.write_text(json.dumps(told))  # of a version that did not tell whose it is
+    assert "Not running" not in get(ours, "status").text
     progress.write_text(json.dumps({**told, "process": f"{os.getpid()}:1"}))  # the one before
     page = get(ours, "status?follow=1").text
     assert "the labelled images are being read" in page
     assert "epoch 3" not in page
     assert 'http-equiv="refresh"' in page
+    assert "Stop that" in page
     outcome.write_text(json.dumps({**under_way, "process": f"{os.getpid()}:1"}))  # it was killed
     page = get(ours, "status").text
     assert "Not running" in page

@@ -6,6 +6,7 @@ good it gets. The model to be beaten is therefore one that never learned anythin
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -243,8 +244,16 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     twin = site.store.add(weak, ModelCard(0.9, 0.0, "scratch", ("ball",), (), ()), measured=bundled)
     site.store.use(twin.version)
     task = site.train(start="scratch", max_epochs=6)
-    assert f"of model {twin.version}" in "\n".join(task["details"])
-    assert "Not published: Dice 0." in "\n".join(task["details"])
+    said = "\n".join(task["details"])
+    assert re.search(rf"Not published: Dice 0\.\d+ against 0\.9\d+ of model {twin.version},", said)
+    stats = site.info()["train_stats"]["matchseg"]
+    assert stats["epoch"] == stats["total_epochs"]  # nothing follows
+    assert stats["total_time"] != ""
+    (site.store.folder / f"{twin.version:04}" / "measured.safetensors").unlink()
+    task = site.train(start="scratch", max_epochs=6)
+    said = "\n".join(task["details"])
+    assert "are damaged (measured.safetensors)" in said
+    assert re.search(rf"against 0\.[0-5]\d+ of model {twin.version},", said)  # as it answers
 
 
 def test_on_a_full_disk_the_training_ends_with_a_sentence_and_the_server_lives(

@@ -97,8 +97,14 @@ def test_what_was_measured_is_kept_beside_what_answers(store: ModelStore, net: M
     assert store.load(made, device="cpu").digest == made.sha256
     with pytest.raises(ModelStoreError, match="absent"):
         store.load_measured(made, device="cpu")
-    alone = store.add(net, card())  # as models were before there was another one
-    assert store.load_measured(alone, device="cpu").digest == alone.sha256
+    assert made.learned == ("a", "b", "c", "d")
+    alone = store.add(net, card())
+    path = store.folder / "0002" / "card.json"
+    told = json.loads(path.read_text())
+    del told["sha256_measured"]  # as cards were before there was another one
+    path.write_text(json.dumps(told))
+    assert store.load_measured(store.card(2), device="cpu").digest == alone.sha256
+    assert store.card(2).learned == ("a", "b", "c")
 
 
 def test_a_flipped_bit_is_refused_with_the_way_out(store: ModelStore, net: MatchSegNet) -> None:

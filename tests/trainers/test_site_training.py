@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lib.trainers.site.blending import blend
 from lib.trainers.site.distributed import Ranks, run_on
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
 from lib.trainers.site.fitting import TrainOptions, fit, refit
-from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob, SitePlan, train_site
+from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob, SitePlan, _step, train_site
 from lib.trainers.site.packing import (
     MOST_SLICES,
     SIDE,
@@ -370,6 +370,8 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
 ) -> None:
     plan = SitePlan(epochs=3, steps=2, images=3, size=64, minutes=60)
     options = TrainOptions(plan)
+    seen: set[str] = set()
+    monkeypatch.setattr(SiteEpisodes, "__init__", _noting(SiteEpisodes.__init__, seen))
     found = fit(labelled, tmp_path, options, RefSegSettings(device="cpu"))
     found = replace(found, trained_share=0.75)
     assert (found.job.plan.epochs, found.job.plan.minutes) == (2, 30)
@@ -377,12 +379,11 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
     told = json.loads((tmp_path / PROGRESS).read_text())
     assert (told["epoch"], told["total_epochs"]) == (2, 4)
 
-    seen: set[str] = set()
-    monkeypatch.setattr(PackedCase, "picture", _noting(PackedCase.picture, seen))
-    final = refit(found, options)
     kept = {case.image_id for case in found.job.validation}
     assert kept
-    assert kept <= seen  # otherwise all of this would be for nothing
+    assert seen == {one.image_id for one in labelled} - kept
+    final = refit(found, options)
+    assert seen == {one.image_id for one in labelled}
     assert found.weights.read_bytes() == measured
     told = json.loads((tmp_path / PROGRESS).read_text())
     assert (told["epoch"], told["total_epochs"]) == (4, 4)
@@ -401,12 +402,52 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
     assert again["spent"] == state["spent"]
 
 
-def _noting(picture: Any, seen: set[str]) -> Any:
-    def read(case: PackedCase, index: int) -> Any:
-        seen.add(case.image_id)
-        return picture(case, index)
+def test_the_second_training_goes_on_where_it_was_but_not_for_another_first_one(
+    labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RefSegSettings(device="cpu")
+    options = TrainOptions(SitePlan(epochs=4, steps=2, images=3, size=64, minutes=0))
+    whole = refit(fit(labelled, tmp_path / "whole", options, settings), options)
 
-    return read
+    room = tmp_path / "parts"
+    steps = iter([False, False, False, True])
+    with monkeypatch.context() as patch:
+        found = fit(labelled, room, options, settings)
+        patch.setattr("lib.trainers.site.loop._step", _killed(_step, steps))
+        with pytest.raises(KeyboardInterrupt):
+            refit(found, options)  # in the middle of its second epoch
+    checkpoint = room / "all" / CHECKPOINT
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    again = fit(labelled, room, options, settings)
+    assert again.end == found.end  # nothing of it was trained anew
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    parts = refit(again, options)
+    assert parts.read_bytes() == whole.read_bytes()
+
+    fewer = replace(options, plan=replace(options.plan, epochs=2), resume=False)
+    shorter = fit(labelled, room, fewer, settings)  # and killed, before `refit`
+    now = replace(fewer, resume=True)
+    refit(shorter, now)
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    told = json.loads((room / PROGRESS).read_text())
+    assert (told["epoch"], told["total_epochs"]) == (2, 2)
+
+
+def _killed(step: Any, when: Iterator[bool]) -> Any:
+    def take(*args: Any) -> float:
+        if next(when):
+            raise KeyboardInterrupt
+        return float(step(*args))
+
+    return take
+
+
+def _noting(make: Any, seen: set[str]) -> Any:
+    def noted(episodes: SiteEpisodes, cases: Sequence[PackedCase], *args: Any, **more: Any) -> None:
+        seen.update(case.image_id for case in cases)
+        make(episodes, cases, *args, **more)
+
+    return noted
 
 
 def test_it_ends_early_when_nothing_gets_better(cases: list[PackedCase], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def models_list(
             "date": card.date,
             "dice": card.dice,
             "dice_before": card.dice_before,
-            "trained on": len(card.training),
+            "trained on": len(card.learned),
             "measured on": len(card.validation),
             "start": card.start,
             "labels": ", ".join(card.labels),

@@ -52,8 +52,8 @@ def split(
 ) -> Split:
     """Keep about `share` of the cases for validation, at least two (of four: one), at most half.
 
-    What an earlier model learned from is never measured on: `learned` cases, and what looks like
-    them, stay on the training side. A label is not kept from training altogether.
+    What the network to be beaten learned from is never measured on: `learned` cases, and what looks
+    like them, stay on the training side. A label is not kept from training altogether.
 
     Raises:
         TrainingError: there are too few cases, or too few that differ.
