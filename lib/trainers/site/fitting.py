@@ -150,11 +150,11 @@ def fit(
 
 
 def refit(fitted: Fitted, options: TrainOptions) -> Path:
-    """Train again, on all cases, and go as far from the start as was measured to be best.
+    """Go on from there with all cases, then back towards the start as far as was best before.
 
     Labels are few, and a fifth of them is much to do without. It takes as many epochs as the first
-    training took in all, since on few cases the epoch that looks best does so by chance; its rate
-    falls to its end. What it comes to cannot be measured.
+    training took in all; its rate rises once more and falls to its end. What it comes to cannot be
+    measured.
 
     Args:
         fitted: the training with cases kept to measure on.
@@ -174,6 +174,7 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
     job = replace(
         first,
         folder=room,
+        start=first.folder / BEST,
         training=(*first.training, *first.validation),
         validation=(),
         plan=replace(first.plan, epochs=fitted.end.epochs, patience=0),
