@@ -403,7 +403,8 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             + f" | {_lead(figures, one)} |"
         )
     text.append("\nDice in %, mean ± standard deviation over seeds (number of seeds in brackets).")
-    trainings = [row for row in rows if "published" in row and row["recipe"] == RECIPE]
+    own = [row for row in rows if row["method"] == "matchseg" and row.get("recipe") == RECIPE]
+    trainings = [row for row in own if "published" in row]
     refused = [_refused(row, rows) for row in trainings if not row["published"]]
     if trainings:
         text.append(

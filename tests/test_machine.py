@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
 from lib.machine import identity, is_alive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +26,12 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     assert not is_alive(f"{number}:{float(since) - 3600:.0f}")  # another one, an hour ago
     assert not is_alive("nobody")
     assert not is_alive("")
+
+
+def test_who_it_is_does_not_change_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1.0)
+    assert identity() == before
 
 
 def test_a_process_ends_with_another_also_if_that_is_gone_already() -> None:

@@ -20,6 +20,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import HTTPException
 from monailabel.config import settings as platform
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -28,6 +29,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.random import Random
+from starlette.status import HTTP_503_SERVICE_UNAVAILABLE
 
 from apps.refseg.server.page_parts import Parts
 from lib.errors import RefSegError
@@ -91,6 +93,7 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             reviewer=self._reviewer,
             task=self._task,
             segment=self._segment,
+            answering=self._answering,
             datastore=self.datastore(),
         )
 
@@ -115,8 +118,8 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         """One task, whatever the networks, and one for the site's own model.
 
         3D Slicer runs the first that there is unless told otherwise, so the site's model comes
-        first: it is hidden until one is there, and only one that is better than the
-        bundled network is published. Nobody has compared it with SAM 2.
+        first: it is hidden until one is there, and the first one is published only if its training
+        was better than the bundled network. Nobody has compared it with SAM 2.
         """
         self._task = RefSeg(
             self._runtime,
@@ -124,10 +127,9 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
             lambda found: self._reviewer.confidence(found.evidence, found.own_share),
         )
         own = MatchSeg(self._site, self._task, self._runtime, self._labelled)
-        self._tasks: dict[str, InferTask] = {"refseg": self._task, "matchseg": own}
         if self._runtime.names()[0] == "matchseg":
-            self._tasks = {"matchseg": own, "refseg": self._task}
-        return self._tasks
+            return {"matchseg": own, "refseg": self._task}
+        return {"refseg": self._task, "matchseg": own}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Clients show the progress of the first."""
@@ -185,10 +187,27 @@ class RefSegApp(MONAILabelApp):  # type: ignore[misc]  # MONAI Label looks for t
         return {"refseg": "being learned; the next segmentation refers to it"}
 
     def _segment(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """As 3D Slicer has it, unless told otherwise: by the first task that there is."""
-        first = next(task for task in self._tasks.values() if task.is_valid())
-        answer: tuple[str | None, dict[str, Any]] = first(request)
+        """As 3D Slicer has it, unless told otherwise: by the first task that there is.
+
+        Where the site's model is no good, `refseg` answers and says so.
+        """
+        first = next(task for task in self._infers.values() if task.is_valid())
+        try:
+            answer: tuple[str | None, dict[str, Any]] = first(request)
+        except HTTPException as error:
+            if first is self._task or error.status_code != HTTP_503_SERVICE_UNAVAILABLE:
+                raise
+            file, params = self._task(request)
+            return file, {**params, "warnings": [str(error.detail), *params.get("warnings", [])]}
         return answer
+
+    def _answering(self) -> Runtime | None:
+        """Of the task that `_segment` asks first; None where its network is not loaded."""
+        first = next(task for task in self._infers.values() if task.is_valid())
+        if first is self._task:
+            return self._runtime if self._runtime.ready else None
+        serving = self._site.ready()
+        return serving.runtime if serving is not None else None
 
     def _count_labelled(self) -> int:
         """How many images are labelled, by the table alone: no image is looked for or fetched."""

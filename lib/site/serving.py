@@ -111,7 +111,7 @@ class SiteModel:
             return None
 
     def ready(self) -> Serving | None:
-        """The model that answered last, if it is still the current one; loads nothing."""
+        """The current model, if it is loaded; loads nothing."""
         card = self.card()
         with self._lock:
             return self._ready if self._ready is not None and self._ready.card == card else None

@@ -309,15 +309,23 @@ def test_the_button_asks_the_sites_own_model_once_there_is_one(ours: ServeProces
     with torch.no_grad():
         net.head.weight.mul_(1.01)  # or it would be the same network with the same memories
     try:
-        store.use(store.add(net, card).version)
+        damaged = store.use(store.add(net, card).version)
+        (store.folder / "0001" / "weights.safetensors").write_bytes(b"no weights")
         page = ours.request("POST", "/refseg/image", data={"image": "volume 1"}).text
-        assert "by matchseg, model 1," in page
+        assert "The weights of model 1 are damaged" in page
+        assert f", model {damaged.version}" not in page  # `refseg` has answered
+        store.rollback()
+        store.use(store.add(net, card).version)
+        assert ours.request("GET", "/info/").ok  # clients ask for it, and the model is loaded
+        until(ours, address, lambda page: "labels or models have changed since" in page)
+        page = ours.request("POST", "/refseg/image", data={"image": "volume 1"}).text
+        assert "by matchseg, model 2," in page
         assert "have changed since" not in page
         store.rollback()
         assert "labels or models have changed since" in get(ours, address).text
         page = ours.request("POST", "/refseg/image", data={"image": "volume 1"}).text
         assert "by matchseg, " in page
-        assert ", model 1" not in page
+        assert ", model 2" not in page
         assert "have changed since" not in page
     finally:
         shutil.rmtree(store.folder)
@@ -441,8 +449,6 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     assert "learns from all images" not in page
     progress.write_text(json.dumps({**told, "process": identity(), "measures": False}))
     assert "learns from all images now" in get(ours, "status").text
-    progress.write_text(json.dumps(told))  # of a version that did not tell whose it is
-    assert "Not running" not in get(ours, "status").text
     progress.write_text(json.dumps({**told, "process": f"{os.getpid()}:1"}))  # the one before
     page = get(ours, "status?follow=1").text
     assert "the labelled images are being read" in page
@@ -461,6 +467,8 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     page = get(ours, "status").text
     assert "Published as 1." in page
     assert "failed" not in page
+    progress.write_text(json.dumps(told))  # of a version that did not tell whose it is
+    assert "Not running; the last one that began came to: epoch 3" in get(ours, "status").text
     outcome.write_text(json.dumps(under_way))
     progress.unlink()
     assert "the labelled images are being read" in get(ours, "status").text

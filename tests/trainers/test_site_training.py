@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from lib.errors import RequestError, TrainingError
 from lib.models.matchseg import BUNDLED, MatchSegSegmenter, load_weights, save_weights
 from lib.models.network import MatchSegNet, NetworkConfig
 from lib.settings import RefSegSettings
+from lib.site.serving import SiteModel
+from lib.site.store import ModelCard, ModelStore
 from lib.trainers.matchseg import parse_options
 from lib.trainers.pretraining.loop import forward
-from lib.trainers.site.blending import blend
+from lib.trainers.site.blending import blend, mix
 from lib.trainers.site.distributed import Ranks, run_on
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
 from lib.trainers.site.fitting import TrainOptions, fit, refit
@@ -35,6 +37,7 @@ from lib.trainers.site.packing import (
 )
 from lib.trainers.site.progress import LOG, PROGRESS, read_epochs
 from lib.trainers.site.split import groups_of, split
+from lib.trainers.site.training import train_model
 from lib.trainers.site.validation import Validation, Validator, volume_of
 from lib.types import LabelledImage
 
@@ -164,7 +167,7 @@ def test_what_an_earlier_model_learned_from_is_never_measured_on(cases: list[Pac
     for seed in range(8):
         found = split(cases, share=0.5, seed=seed, learned={"0", "1", "2"})
         assert set(found.validation) <= {3, 4, 5}
-    with pytest.raises(TrainingError, match="learned from by an earlier model"):
+    with pytest.raises(TrainingError, match="learned from by the model in use"):
         split(cases, share=0.5, seed=0, learned={str(n) for n in range(6)})
 
 
@@ -377,16 +380,17 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
     assert (found.job.plan.epochs, found.job.plan.minutes) == (2, 30)
     measured = found.weights.read_bytes()
     told = json.loads((tmp_path / PROGRESS).read_text())
-    assert (told["epoch"], told["total_epochs"]) == (2, 4)
+    assert (told["epoch"], told["total_epochs"]) == (2, 3)
 
     kept = {case.image_id for case in found.job.validation}
     assert kept
     assert seen == {one.image_id for one in labelled} - kept
-    final = refit(found, options)
+    refit(found, options)
+    final = tmp_path / "all" / "final.safetensors"
     assert seen == {one.image_id for one in labelled}
     assert found.weights.read_bytes() == measured
     told = json.loads((tmp_path / PROGRESS).read_text())
-    assert (told["epoch"], told["total_epochs"]) == (4, 4)
+    assert (told["epoch"], told["total_epochs"]) == (3, 3)
     assert told["best_metric"] == pytest.approx(found.end.best, abs=1e-4)
     new, old = load_weights(final.parent / BEST).state_dict(), load_weights(BUNDLED).state_dict()
     first = load_weights(tmp_path / BEST).state_dict()
@@ -396,7 +400,7 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
     assert len(read_epochs(tmp_path)) == 2  # those that were measured
 
     state = torch.load(final.parent / CHECKPOINT, weights_only=True)
-    assert state["epoch"] == 2
+    assert state["epoch"] == 1
     refit(found, options)  # nothing is left to be done
     again = torch.load(final.parent / CHECKPOINT, weights_only=True)
     assert again["spent"] == state["spent"]
@@ -407,13 +411,13 @@ def test_the_second_training_goes_on_where_it_was_but_not_for_another_first_one(
 ) -> None:
     settings = RefSegSettings(device="cpu")
     options = TrainOptions(SitePlan(epochs=4, steps=2, images=3, size=64, minutes=0))
-    whole = refit(fit(labelled, tmp_path / "whole", options, settings), options)
+    refit(fit(labelled, tmp_path / "whole", options, settings), options)
+    whole = tmp_path / "whole" / "all" / "final.safetensors"
 
     room = tmp_path / "parts"
-    steps = iter([False, False, False, True])
+    found = fit(labelled, room, options, settings)
     with monkeypatch.context() as patch:
-        found = fit(labelled, room, options, settings)
-        patch.setattr("lib.trainers.site.loop._step", _killed(_step, steps))
+        patch.setattr("lib.trainers.site.loop._step", _ending_with(KeyboardInterrupt(), after=3))
         with pytest.raises(KeyboardInterrupt):
             refit(found, options)  # in the middle of its second epoch
     checkpoint = room / "all" / CHECKPOINT
@@ -421,7 +425,10 @@ def test_the_second_training_goes_on_where_it_was_but_not_for_another_first_one(
     again = fit(labelled, room, options, settings)
     assert again.end == found.end  # nothing of it was trained anew
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
-    parts = refit(again, options)
+    with monkeypatch.context() as patch:  # no more than the second epoch is left
+        patch.setattr("lib.trainers.site.loop._step", _ending_with(AssertionError(), after=2))
+        refit(again, options)
+    parts = room / "all" / "final.safetensors"
     assert parts.read_bytes() == whole.read_bytes()
 
     fewer = replace(options, plan=replace(options.plan, epochs=2), resume=False)
@@ -433,13 +440,66 @@ def test_the_second_training_goes_on_where_it_was_but_not_for_another_first_one(
     assert (told["epoch"], told["total_epochs"]) == (2, 2)
 
 
-def _killed(step: Any, when: Iterator[bool]) -> Any:
+def _ending_with(error: BaseException, *, after: int) -> Any:
+    taken = []
+
     def take(*args: Any) -> float:
-        if next(when):
-            raise KeyboardInterrupt
-        return float(step(*args))
+        if len(taken) == after:
+            raise error
+        taken.append(args)
+        return _step(*args)
 
     return take
+
+
+def test_a_disk_that_is_full_from_the_start_is_said_in_both_trainings(
+    labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RefSegSettings(device="cpu")
+    options = TrainOptions(SitePlan(epochs=2, steps=1, images=3, size=64))
+    found = fit(labelled, tmp_path, options, settings)
+    progress = tmp_path / PROGRESS
+    progress.unlink()
+    (progress / "in the way").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="Make room"):
+        refit(found, options)
+    with pytest.raises(TrainingError, match="Make room"):
+        fit(labelled, tmp_path, options, settings)
+
+
+def test_what_learning_from_all_images_spoils_is_not_published(
+    labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RefSegSettings(device="cpu")
+    site = SiteModel(
+        ModelStore(tmp_path / "models"),
+        settings,
+        bank_root=tmp_path / "banks",
+        studies="here",
+        list_labels=lambda: labelled,
+    )
+    torch.manual_seed(0)
+    weak = MatchSegNet(SMALL)
+    torch.nn.init.normal_(weak.head.weight, std=0.5)
+    card = site.store.add(weak, ModelCard(0.1, 0.0, "scratch", ("disc",), (), ()))
+    site.store.use(card.version)
+
+    def spoiled(start: Path, trained: Path, share: float, target: Path) -> Path:
+        net = load_weights(mix(start, trained, share, target))
+        torch.nn.init.normal_(net.head.weight, std=5)
+        save_weights(net, target)
+        return target
+
+    monkeypatch.setattr("lib.trainers.site.fitting.mix", spoiled)
+    options = TrainOptions(SitePlan(epochs=2, steps=1, images=3, size=64))
+    report = train_model(site, settings, labelled, options)
+    assert report.published
+    assert report.card is not None
+    assert "learned from these" not in report.message
+    assert report.card.sha256_measured == ""
+    assert report.card.learned == report.card.training
+    net = load_weights(site.store.folder / "0002" / "weights.safetensors")
+    assert float(net.head.weight.detach().abs().max()) < 1
 
 
 def _noting(make: Any, seen: set[str]) -> Any:

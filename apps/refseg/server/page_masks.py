@@ -57,7 +57,7 @@ class Mask:
         references: what it came from, the nearest of each image first.
         bank: fingerprint of the bank that it came from; empty where that is not told.
         generation: of that bank.
-        maker: names of the networks.
+        maker: names of the networks, and the model of the site.
         made: UTC, or empty.
         message: what a person should know.
         shape: (I, J, K) on the canonical grid.
@@ -144,11 +144,16 @@ def _mask_of(image_id: str, file: Path, params: Mapping[str, Any], image: ImageV
         generation=int(bank.get("generation", -1)),
         maker=_maker(params),
         made=str(told.get("time") or time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())),
-        message=str(params.get("message") or ""),
+        message=" ".join(filter(None, [str(params.get("message") or ""), *_warnings(params)])),
         shape=label_map.shape,
         mark=uuid.uuid4().hex,
         packed=zlib.compress(label_map.astype(np.uint16).tobytes(), 1),
     )
+
+
+def _warnings(params: Mapping[str, Any]) -> list[str]:
+    told = params.get("warnings")
+    return [str(one) for one in told] if isinstance(told, list) else []
 
 
 def _maker(params: Mapping[str, Any]) -> str:

@@ -28,8 +28,9 @@ class Parts:
         desk: who is at work on what.
         reviewer: how far masks are trusted.
         task: knows the labels.
-        segment: a request to the first task; the only one that is asked to work, and only when a
-            button is pressed.
+        segment: a request to the first task that there is; the only one that is asked to work, and
+            only when a button is pressed.
+        answering: networks and bank of that task, None where they are not loaded.
         datastore: images and labels.
     """
 
@@ -39,6 +40,7 @@ class Parts:
     reviewer: Reviewer
     task: RefSeg
     segment: Callable[[Mapping[str, Any]], tuple[str | None, dict[str, Any]]]
+    answering: Callable[[], Runtime | None]
     datastore: Datastore
 
 

@@ -86,7 +86,7 @@ class Sheet:
         number: of the one shown, from 0.
         label: names drawn on it.
         mask: RefSeg's own.
-        current: whether the mask came from all that is labelled by now.
+        current: whether the mask came from all that is labelled by now, and the networks in use.
         numbers: of all labels shown.
     """
 
@@ -194,10 +194,10 @@ class View:
         )
 
     def _is_current(self, mask: Mask) -> bool:
-        serving = self._parts.site.ready()
-        runtimes = [self._parts.runtime, *([serving.runtime] if serving else [])]
-        versions = [runtime.bank.version for runtime in runtimes if runtime.ready]
-        return not mask.bank or BankVersion(mask.generation, mask.bank) in versions
+        runtime = self._parts.answering()
+        if runtime is None or not mask.bank:
+            return True  # nothing speaks against it
+        return runtime.bank.version == BankVersion(mask.generation, mask.bank)
 
     def picture(self, image_id: str, *, number: str, axis: str, over: str, large: bool) -> bytes:
         """One JPEG.

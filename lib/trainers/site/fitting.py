@@ -13,7 +13,7 @@ import numpy as np
 from lib.errors import TrainingError
 from lib.machine import identity
 from lib.models.devices import choose_device
-from lib.models.matchseg import BUNDLED, load_weights
+from lib.models.matchseg import BUNDLED, MatchSegSegmenter, load_weights
 from lib.models.network import NetworkConfig
 from lib.settings import RefSegSettings
 from lib.trainers.site.blending import blend, mix
@@ -31,6 +31,7 @@ CASES, UNLABELLED = "cases", "unlabelled.npy"  # in the folder, while a training
 ALL, FINAL = "all", "final.safetensors"  # of the second training, in a folder of its own
 SCRATCH_RATE = 1e-3  # of all layers, where nothing was learned before
 MOST_UNLABELLED = 64
+SPOILED = 0.05  # of Dice lost on images that it has even learned from: chance takes less
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def fit(
         settings=settings,
         mark=_mark(options, config, training, validation),
         process=identity(),
-        total=2 * half.epochs,  # `refit` makes as many
+        total=half.epochs + _second_epochs(plan, half.epochs),
     )
     slices = sum(map(len, training))
     logger.info(
@@ -152,16 +153,16 @@ def fit(
 def refit(fitted: Fitted, options: TrainOptions) -> Path:
     """Go on from there with all cases, then back towards the start as far as was best before.
 
-    Labels are few, and a fifth of them is much to do without. It takes as many epochs as the first
-    training took in all; its rate rises once more and falls to its end. What it comes to cannot be
-    measured.
+    Labels are few, and a fifth of them is much to do without. It takes at most as many epochs as
+    the first training took in all, within its half of the minutes; its rate rises once more and
+    falls to its end. What it comes to cannot be measured, but for whether it is spoiled.
 
     Args:
         fitted: the training with cases kept to measure on.
         options: the same as for that.
 
     Returns:
-        weights, in a folder of their own.
+        weights: of a file of their own, or those of `fitted`, if learning from all spoiled them.
 
     Raises:
         TrainingError: the disk or the GPU is full.
@@ -171,22 +172,33 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
     make_room(room)
     if not options.resume:
         (room / CHECKPOINT).unlink(missing_ok=True)
+    epochs = min(fitted.end.epochs, _second_epochs(options.plan, first.plan.epochs))
     job = replace(
         first,
         folder=room,
         start=first.folder / BEST,
         training=(*first.training, *first.validation),
         validation=(),
-        plan=replace(first.plan, epochs=fitted.end.epochs, patience=0),
-        mark=_digest(first.mark, fitted.end, _sha256(fitted.weights)),  # of this very first one
-        total=2 * fitted.end.epochs,
+        plan=replace(first.plan, epochs=epochs, patience=0),
+        mark=_digest(first.mark, epochs, _sha256(first.folder / BEST)),  # it goes on from these
+        total=fitted.end.epochs + epochs,
         earlier=fitted.end,
         told=first.folder,
     )
     logger.info("learning from all %d images", len(job.training))
     device = choose_device(first.settings.device)
     run_on(devices_for(device, several=options.several_gpus), train_site, job)
-    return mix(first.start, room / BEST, fitted.trained_share, room / FINAL)
+    final = mix(first.start, room / BEST, fitted.trained_share, room / FINAL)
+    validator = Validator(first.training, first.validation, first.settings, room=first.folder)
+    found = validator.measure(MatchSegSegmenter.load(final, device=str(device)))
+    if found.gain_over(fitted.measured) < -SPOILED:
+        logger.warning("learning from all images spoiled it, so what was measured is kept")
+        return fitted.weights
+    return final
+
+
+def _second_epochs(plan: SitePlan, first: int) -> int:
+    return max(1, plan.epochs - first)
 
 
 def _mark(

@@ -84,7 +84,7 @@ class SiteJob:
         process: `identity` of the one that trains; with several GPUs it starts others.
         total: epochs at most, with those of a training that precedes or follows this one.
         earlier: how far the one went that precedes it.
-        told: progress goes there; None: to `folder`.
+        told: progress goes there, see `progress.py`; None: to `folder`.
     """
 
     folder: Path
@@ -116,7 +116,7 @@ class _State:
 
 
 def train_site(ranks: Ranks, job: SiteJob) -> None:
-    """Train until the epochs, the minutes or the patience end; `BEST` and `PROGRESS` tell.
+    """Train until the epochs, the minutes or the patience end; `BEST` and its progress tell.
 
     Raises:
         TrainingError: the disk is full, or the GPU has no room for the smallest episode.
@@ -276,7 +276,9 @@ def _note(job: SiteJob, state: _State, dice: float | None, losses: list[float]) 
         _save(job, state)
         _tell(job, state)
     measured = "" if dice is None else f", Dice {dice:.4f} in validation (best {state.best:.4f})"
-    logger.info("epoch %d of %d: loss %.3f%s", state.epoch, job.plan.epochs, mean, measured)
+    before = job.earlier.epochs if job.earlier is not None else 0
+    epoch = before + state.epoch
+    logger.info("epoch %d of at most %d: loss %.3f%s", epoch, job.total, mean, measured)
 
 
 def _save(job: SiteJob, state: _State) -> None:

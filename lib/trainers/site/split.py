@@ -82,7 +82,7 @@ def split(
             break
     if not chosen:
         reason = (
-            "all of them were learned from by an earlier model"
+            "all of them were learned from by the model in use"
             if not free
             else "they look the same, or each label is on one of them alone"
         )

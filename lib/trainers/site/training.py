@@ -28,9 +28,9 @@ from lib.trainers.site.fitting import (
     make_room,
     refit,
 )
-from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob
+from lib.trainers.site.loop import BEST, CHECKPOINT
 from lib.trainers.site.progress import Reached, close_progress, read_reached, write_outcome
-from lib.trainers.site.validation import TEMPORARY, Validation, Validator
+from lib.trainers.site.validation import TEMPORARY, Validator
 from lib.types import LabelledImage
 
 logger = logging.getLogger(__name__)
@@ -98,66 +98,66 @@ def _train(
     unlabelled: Sequence[Path],
 ) -> TrainingReport:
     start = time.monotonic()
-    store = site.store
-    room = store.folder / WORKROOM
-    in_use = site.card()
-    learned = in_use.training if in_use is not None else ()
-    fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=learned)
-    what, old = _measure_current(site, fitted.job)
-    new = fitted.measured
+    room = site.store.folder / WORKROOM
+    device = str(choose_device(settings.device))
+    current = _to_be_beaten(site, device)
+    fitted = fit(labelled, room, options, settings, unlabelled=unlabelled, learned=current.learned)
+    job = fitted.job
+    validator = Validator(job.training, job.validation, settings, room=room)
+    old, new = validator.measure(current.segmenter), fitted.measured
     figures = (
-        f"Dice {new.dice:.4f} against {old.dice:.4f} of {what}, on "
-        f"{len(fitted.job.validation)} validation images"
+        f"Dice {new.dice:.4f} against {old.dice:.4f} of {current.name}, on "
+        f"{len(job.validation)} validation images"
     )
-    card, end = None, fitted.end
+    card = None
     if new.gain_over(old) > 0:  # `beats` would refuse what few images cannot tell, and mostly helps
-        final = load_weights(refit(fitted, options))
-        end = read_reached(room)
-        card = _card(fitted, options, old.dice, end)
-        card = store.add(final, card, measured=load_weights(fitted.weights))
+        final = refit(fitted, options)
+        card = _card(fitted, options, old.dice, read_reached(room))
+        from_all = final != fitted.weights
+        measured = load_weights(fitted.weights) if from_all else None
+        card = site.store.add(load_weights(final), card, measured=measured)
         site.publish(card)
-        message = f"Published as model {card.version}: {figures}; then it learned from these, too."
+        more = "; then it learned from these, too" if from_all else ""
+        message = f"Published as model {card.version}: {figures}{more}."
     else:
-        message = f"Not published: {figures}; {what} stays in use."
+        message = f"Not published: {figures}; {current.name} stays in use."
     for name in (CHECKPOINT, BEST, BLENDED, UNLABELLED):
         (room / name).unlink(missing_ok=True)
     close_progress(room)
     shutil.rmtree(room / ALL, ignore_errors=True)
     shutil.rmtree(room / CASES, ignore_errors=True)  # they are patients' images
     spent = time.monotonic() - start
-    return TrainingReport(card is not None, new.dice, old.dice, card, end.epochs, spent, message)
+    epochs = card.epochs if card is not None else fitted.end.epochs
+    return TrainingReport(card is not None, new.dice, old.dice, card, epochs, spent, message)
 
 
-def _measure_current(site: SiteModel, job: SiteJob) -> tuple[str, Validation]:
-    """What is to be beaten, on the cases kept, as it was before it learned from all images.
+@dataclass(frozen=True, eq=False)
+class _Current:
+    """What is to be beaten: its name, its network, and ids of the images that this learned from."""
+
+    name: str
+    segmenter: MatchSegSegmenter
+    learned: tuple[str, ...] = ()
+
+
+def _to_be_beaten(site: SiteModel, device: str) -> _Current:
+    """The current model, as it was before it learned from all images.
 
     Otherwise images that it was measured on could not serve to measure again.
     """
-    device = str(choose_device(job.settings.device))
-    what, segmenter = "the bundled network", None
     try:
         card = site.store.current()
         if card is not None:
-            what, segmenter = f"model {card.version}", _as_measured(site, card, device)
+            name = f"model {card.version}"
+            try:
+                twin = site.store.load_measured(card, device=device)
+                return _Current(name, twin, card.training)
+            except ModelStoreError as error:
+                logger.warning("%s It is measured as it answers, on new images alone.", error)
+                return _Current(name, site.store.load(card, device=device), card.learned)
     except ModelStoreError as error:
         logger.warning("%s The new model is measured against the bundled network.", error)
-        what = "the bundled network"
-    if segmenter is None:
-        segmenter = MatchSegSegmenter.load_bundled(device=device)
-    validator = Validator(job.training, job.validation, job.settings, room=job.folder)
-    found = validator.measure(segmenter)
-    if torch.cuda.is_available():  # room for the training that may follow
-        del segmenter
-        torch.cuda.empty_cache()
-    return what, found
-
-
-def _as_measured(site: SiteModel, card: ModelCard, device: str) -> MatchSegSegmenter:
-    try:
-        return site.store.load_measured(card, device=device)
-    except ModelStoreError as error:
-        logger.warning("%s It is measured as it answers, which flatters it.", error)
-        return site.store.load(card, device=device)
+    return _Current("the bundled network", MatchSegSegmenter.load_bundled(device=device))
 
 
 def _card(fitted: Fitted, options: TrainOptions, before: float, end: Reached) -> ModelCard:
