@@ -252,7 +252,6 @@ def test_a_better_model_answers_at_once_and_can_be_rolled_back(
     (site.store.folder / f"{twin.version:04}" / "measured.safetensors").unlink()
     task = site.train(start="scratch", max_epochs=6)
     said = "\n".join(task["details"])
-    assert "are damaged (measured.safetensors)" in said
     assert re.search(rf"against 0\.[0-5]\d+ of model {twin.version},", said)  # as it answers
 
 
