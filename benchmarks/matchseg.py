@@ -4,9 +4,9 @@
 once, and is not run again: stop it when you like. `table` prints what is there as Markdown.
 All methods get the same labelled cases, split (a fifth is kept to choose the best epoch), time, and
 working size in training. A site's model learns from that fifth, too, in the second half of its
-time, as a server makes it; U-Nets never do. What it does after its time (networks on the way back to
-the bundled weights are measured) is in `seconds_train`. Tests are on the index's target cases; Dice
-is per image, per volume in 3D. U-Nets segment at the size that they were trained at,
+time, as a server makes it; U-Nets never do. What it does after its time (networks on the way back
+to the bundled weights are measured) is in `seconds_train`. Tests are on the index's target cases;
+Dice is per image, per volume in 3D. U-Nets segment at the size that they were trained at,
 networks by reference at their own (256).
 """
 
