@@ -52,8 +52,9 @@ METHODS = ("matchseg", "matchseg-scratch", "unet", "dynunet", "refseg")
 AVERAGE = "matchseg + bundled"  # their mean, as by --conf site_average true
 TRAINED = "as trained"  # older rows: without the way back to the bundled weights
 HELD = "a fifth kept out"  # older rows: with it, and measured on images that it never learned from
-COLUMNS = {None: TRAINED, 3: HELD}  # by recipe
-RECIPE = 4  # of the site's training: rows of another one are not those that are asked for
+AGAIN = "full rate again"  # older rows: the second half, with all images, began at the full rate
+COLUMNS = {None: TRAINED, 3: HELD, 4: AGAIN}  # by recipe
+RECIPE = 5  # of the site's training: rows of another one are not those that are asked for
 CROSS = {"busi": ("bus_bra",), "bus_bra": ("busi",), "glas": ("dsb2018-stained",)}
 PAPER = {
     ("busi", "U-Net"): None,

@@ -154,8 +154,9 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
     """Go on from there with all cases, then back towards the start as far as was best before.
 
     Labels are few, and a fifth of them is much to do without. It takes at most as many epochs as
-    the first training took in all, within its half of the minutes; its rate rises once more and
-    falls to its end. What it comes to cannot be measured, but for whether it is spoiled.
+    the first training took in all, within its half of the minutes; the first one's rate has fallen
+    to half, and now falls to its end. What it comes to cannot be measured, but for whether it is
+    spoiled.
 
     Args:
         fitted: the training with cases kept to measure on.

@@ -160,7 +160,7 @@ def train_site(ranks: Ranks, job: SiteJob) -> None:
                 spent = before + time.monotonic() - began
                 if ranks.agreed(bool(plan.minutes) and spent >= 60 * plan.minutes):
                     break
-                losses.append(_step(state, episode, ranks, plan, step, spent))
+                losses.append(_step(state, episode, ranks, job, step, spent))
         except RuntimeError as error:
             if not is_out_of_memory(error) or ranks.count > 1 or images <= FEWEST_IMAGES:
                 raise _explained(error) from error
@@ -238,15 +238,15 @@ def _made(episodes: SiteEpisodes, numbers: Iterator[int], *, ahead: bool) -> Ite
 
 
 def _step(
-    state: _State, episode: Episode, ranks: Ranks, plan: SitePlan, step: int, spent: float
+    state: _State, episode: Episode, ranks: Ranks, job: SiteJob, step: int, spent: float
 ) -> float:
+    plan = job.plan
     done = (state.epoch + step / plan.steps) / plan.epochs
     if plan.minutes:
         done = max(done, spent / (60 * plan.minutes))
+    done = min(1, done) / 2 + (0 if job.earlier is None else 0.5)  # one schedule for both halves
     count = state.epoch * plan.steps + step
-    scale = min(1.0, (count + 1) / WARM_STEPS) * max(
-        0.02, (1 + math.cos(math.pi * min(1, done))) / 2
-    )
+    scale = min(1.0, (count + 1) / WARM_STEPS) * max(0.02, (1 + math.cos(math.pi * done)) / 2)
     for group in state.optimizer.param_groups:
         group["lr"] = group["base"] * scale
     state.optimizer.zero_grad(set_to_none=True)
