@@ -54,7 +54,7 @@ class SitePlan:
         seed: of everything.
     """
 
-    epochs: int = 40
+    epochs: int = 80
     steps: int = 40
     minutes: float = 60.0
     patience: int = 10
