@@ -3,10 +3,10 @@
 `run` trains and tests; each finished (set, labels, method, seed) is one JSON line, appended at
 once, and is not run again: stop it when you like. `table` prints what is there as Markdown.
 All methods get the same labelled cases, split (a fifth is kept to choose the best epoch), time, and
-working size in training. A site's model learns from that fifth, too, in the second half of its
-time, as a server makes it; U-Nets never do. What it does after its time (networks on the way back
-to the bundled weights are measured) is in `seconds_train`. Tests are on the index's target cases;
-Dice is per image, per volume in 3D. U-Nets segment at the size that they were trained at,
+working size in training. `matchseg-all` learns from that fifth, too, in the second half of its
+time (option `all_images` of a server); the others never do. What is done after that time (networks
+on the way back to the bundled weights are measured) is in `seconds_train`. Tests are on the index's
+target cases; Dice is per image, per volume in 3D. U-Nets segment at the size they were trained at,
 networks by reference at their own (256).
 """
 
@@ -48,13 +48,16 @@ from lib.types import IntArray, LabelledImage
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 KINDS = ("unet", "dynunet")
-METHODS = ("matchseg", "matchseg-scratch", "unet", "dynunet", "refseg")
+METHODS = ("matchseg", "matchseg-all", "matchseg-scratch", "unet", "dynunet", "refseg")
 AVERAGE = "matchseg + bundled"  # their mean, as by --conf site_average true
 TRAINED = "as trained"  # older rows: without the way back to the bundled weights
-HELD = "a fifth kept out"  # older rows: with it, and measured on images that it never learned from
-AGAIN = "full rate again"  # older rows: the second half, with all images, began at the full rate
-COLUMNS = {None: TRAINED, 3: HELD, 4: AGAIN}  # by recipe
-RECIPE = 5  # of the site's training: rows of another one are not those that are asked for
+AGAIN = "matchseg-all, full rate"  # older rows: the second half began at the full rate again
+COLUMNS = {("matchseg", None): TRAINED, ("matchseg-all", 4): AGAIN}  # by method and recipe
+RECIPE = {
+    "matchseg": 3,
+    "matchseg-all": 5,
+    "matchseg-scratch": 3,
+}  # of the site's training: rows of another one are not those that are asked for
 CROSS = {"busi": ("bus_bra",), "bus_bra": ("busi",), "glas": ("dsb2018-stained",)}
 PAPER = {
     ("busi", "U-Net"): None,
@@ -109,7 +112,7 @@ def run(
             "targets": targets,
         }
         if method.startswith("matchseg"):
-            row["recipe"] = RECIPE
+            row["recipe"] = RECIPE[method]
         if _key(row) in done:
             continue
         with tempfile.TemporaryDirectory() as room:
@@ -153,10 +156,8 @@ def one_run(
             **rates,
         )  # fmt: skip
         start_from = "scratch" if scratch else "bundled"
-        options = TrainOptions(plan, start=start_from)
-        had = {one.image_id for one in drawn}
-        others = [one.image_path for one in source.bank if one.image_id not in had]
-        fitted = fit(drawn, room / "fit", options, settings, unlabelled=others)
+        options = TrainOptions(plan, start=start_from, all_images=method == "matchseg-all")
+        fitted = fit(drawn, room / "fit", options, settings)
         # a server publishes it only if it is better on the images kept
         job = fitted.job
         validator = Validator(job.training, job.validation, settings, room=room)
@@ -168,7 +169,8 @@ def one_run(
             "published": fitted.measured.gain_over(before) > 0,
             "kept": {"before": before.cases, "after": fitted.measured.cases},
         }
-        segmenter = MatchSegSegmenter.load(refit(fitted, options), device=settings.device)
+        weights = refit(fitted, options) if options.all_images else fitted.weights
+        segmenter = MatchSegSegmenter.load(weights, device=settings.device)
         predictor = by_reference(segmenter, drawn, source, settings, room)
     else:
         from baselines import BaselinePlan, fit_baseline, predict
@@ -193,7 +195,7 @@ def one_run(
     for where in (name, *(CROSS.get(name, ()) if wanted == "all" else ())):
         cases = some(read_targets(data, where), targets)
         tests[where] = test(predictor, cases, source)
-    if method in ("refseg", "matchseg") and wanted == "all" and name in CROSS:
+    if method in ("refseg", "matchseg", "matchseg-all") and wanted == "all" and name in CROSS:
         # What a method by reference can do that a U-Net cannot: labels of the new place, unlearned.
         segmenter = (
             MatchSegSegmenter.load_bundled(device=settings.device)
@@ -383,10 +385,9 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         for minutes in [row["minutes"]] if row["minutes"] else spent:
             for where, found in row["tests"].items():
                 one = Line(_what(row, where), row["labels"], minutes)
-                own = COLUMNS.get(row.get("recipe"), "matchseg")
-                column = own if row["method"] == "matchseg" else row["method"]
+                column = COLUMNS.get((row["method"], row.get("recipe")), row["method"])
                 figures[one, column].append(100 * found["dice"])
-            average = "tests_average" if row.get("recipe") == RECIPE else ""
+            average = "tests_average" if row["method"] == "matchseg" else ""
             for key, column in ((average, AVERAGE), ("tests_trained", TRAINED)):
                 for where, found in row.get(key, {}).items():
                     one = Line(_what(row, where), row["labels"], minutes)
@@ -405,12 +406,12 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             + f" | {_lead(figures, one)} |"
         )
     text.append("\nDice in %, mean ± standard deviation over seeds (number of seeds in brackets).")
-    own = [row for row in rows if row["method"] == "matchseg" and row.get("recipe") == RECIPE]
-    trainings = [row for row in own if "published" in row]
+    # older rows were refused by another rule
+    trainings = [row for row in rows if "kept" in row and row["method"] == "matchseg-all"]
     refused = [_refused(row, rows) for row in trainings if not row["published"]]
     if trainings:
         text.append(
-            f"Of {len(trainings)} trainings (`matchseg`) refused for what the images kept showed: "
+            f"Of {len(trainings)} `matchseg-all` refused for what the images kept showed: "
             f"{len(refused)} (points above reference alone: {'; '.join(refused) or '-'})."
         )
     told = [f"{what}: {method} {value}" for (what, method), value in PAPER.items() if value]

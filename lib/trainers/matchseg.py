@@ -64,6 +64,7 @@ class MatchSegTrainer(TrainTask):  # type: ignore[misc]  # MONAI Label is untype
             "unlabelled_images": True,
             "multi_gpu": True,
             "resume": True,
+            "all_images": False,
             "rollback": False,
         }
 
@@ -173,6 +174,7 @@ def parse_options(request: Mapping[str, Any]) -> TrainOptions:
         unlabelled=truth(request, "unlabelled_images", True),
         several_gpus=truth(request, "multi_gpu", True),
         resume=truth(request, "resume", True),
+        all_images=truth(request, "all_images", False),
     )
 
 

@@ -360,6 +360,7 @@ def test_what_a_training_comes_to_is_the_blend_and_was_measured(
     settings = RefSegSettings(device="cpu")
     found = fit(labelled, tmp_path, TrainOptions(plan), settings)
     assert found.trained_share < 1
+    assert (found.job.plan.epochs, found.job.total, found.job.schedule) == (1, 1, (0, 1))
     new, old = load_weights(tmp_path / BEST).state_dict(), load_weights(BUNDLED).state_dict()
     for name, value in load_weights(found.weights).state_dict().items():
         assert torch.equal(value, old[name].lerp(new[name], found.trained_share).half().float())
@@ -372,7 +373,7 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
     labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = SitePlan(epochs=3, steps=2, images=3, size=64, minutes=60)
-    options = TrainOptions(plan)
+    options = TrainOptions(plan, all_images=True)
     seen: set[str] = set()
     monkeypatch.setattr(SiteEpisodes, "__init__", _noting(SiteEpisodes.__init__, seen))
     found = fit(labelled, tmp_path, options, RefSegSettings(device="cpu"))
@@ -410,7 +411,9 @@ def test_the_second_training_goes_on_where_it_was_but_not_for_another_first_one(
     labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = RefSegSettings(device="cpu")
-    options = TrainOptions(SitePlan(epochs=4, steps=2, images=3, size=64, minutes=0))
+    options = TrainOptions(
+        SitePlan(epochs=4, steps=2, images=3, size=64, minutes=0), all_images=True
+    )
     refit(fit(labelled, tmp_path / "whole", options, settings), options)
     whole = tmp_path / "whole" / "all" / "final.safetensors"
 
@@ -456,7 +459,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_in_both_trainings(
     labelled: list[LabelledImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = RefSegSettings(device="cpu")
-    options = TrainOptions(SitePlan(epochs=2, steps=1, images=3, size=64))
+    options = TrainOptions(SitePlan(epochs=2, steps=1, images=3, size=64), all_images=True)
     found = fit(labelled, tmp_path, options, settings)
     progress = tmp_path / PROGRESS
     progress.unlink()
@@ -491,7 +494,7 @@ def test_what_learning_from_all_images_spoils_is_not_published(
         return target
 
     monkeypatch.setattr("lib.trainers.site.fitting.mix", spoiled)
-    options = TrainOptions(SitePlan(epochs=2, steps=1, images=3, size=64))
+    options = TrainOptions(SitePlan(epochs=2, steps=1, images=3, size=64), all_images=True)
     report = train_model(site, settings, labelled, options)
     assert report.published
     assert report.card is not None
@@ -557,6 +560,7 @@ def test_options_are_read_as_clients_send_them() -> None:
     assert options.plan.minutes == 0.5
     assert options.plan.rate == 1e-3
     assert parse_options({"model": "matchseg", "gpus": "all"}).start == "bundled"
+    assert [parse_options(one).all_images for one in ({}, {"all_images": True})] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class TrainOptions:
         unlabelled: whether region tasks use images without labels, too.
         several_gpus: whether to use all GPUs there are.
         resume: whether to go on with a training that was stopped.
+        all_images: whether `refit` follows, for which half of the time is left.
     """
 
     plan: SitePlan = field(default_factory=SitePlan)
@@ -53,6 +54,7 @@ class TrainOptions:
     unlabelled: bool = True
     several_gpus: bool = True
     resume: bool = True
+    all_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Fitted:
     Attributes:
         weights: of the best epoch, or between these and those it started with.
         trained_share: of the trained weights in them, 0..1.
-        job: what it had to learn from, and to measure on; its plan has half of the time.
+        job: what it had to learn from, and to measure on; in half of the time, if `refit` follows.
         measured: how good the weights are on the latter.
         end: how far it went.
     """
@@ -83,7 +85,7 @@ def fit(
     unlabelled: Sequence[Path] = (),
     learned: Collection[str] = (),
 ) -> Fitted:
-    """Train in half of the time; goes on where an earlier call in this folder was stopped.
+    """Train without publishing; goes on where an earlier call in this folder was stopped.
 
     Args:
         labelled: images with their labels.
@@ -123,6 +125,7 @@ def fit(
     config = load_weights(BUNDLED).config
     plan = options.plan
     half = replace(plan, epochs=math.ceil(plan.epochs / 2), minutes=plan.minutes / 2)
+    both = half.epochs + _second_epochs(plan, half.epochs)
     job = SiteJob(
         folder=room,
         start=BUNDLED if options.start == "bundled" else None,
@@ -130,11 +133,12 @@ def fit(
         training=training,
         validation=validation,
         unlabelled=extra,
-        plan=half,
+        plan=half if options.all_images else plan,
         settings=settings,
         mark=_mark(options, config, training, validation),
         process=identity(),
-        total=half.epochs + _second_epochs(plan, half.epochs),
+        total=both if options.all_images else plan.epochs,
+        schedule=(0, 0.5) if options.all_images else (0, 1),
     )
     slices = sum(map(len, training))
     logger.info(
@@ -185,6 +189,7 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
         total=fitted.end.epochs + epochs,
         earlier=fitted.end,
         told=first.folder,
+        schedule=(0.5, 1),
     )
     logger.info("learning from all %d images", len(job.training))
     device = choose_device(first.settings.device)
@@ -218,6 +223,7 @@ def _mark(
     parts = (
         plan,
         options.start,
+        options.all_images,
         start,
         config,
         [case.digest for case in training],

@@ -54,7 +54,7 @@ class SitePlan:
         seed: of everything.
     """
 
-    epochs: int = 80
+    epochs: int = 40
     steps: int = 40
     minutes: float = 60.0
     patience: int = 10
@@ -84,6 +84,7 @@ class SiteJob:
         process: `identity` of the one that trains; with several GPUs it starts others.
         total: epochs at most, with those of a training that precedes or follows this one.
         earlier: how far the one went that precedes it.
+        schedule: the part of the learning rate's schedule that it takes, from 0 to 1.
         told: progress goes there, see `progress.py`; None: to `folder`.
     """
 
@@ -100,6 +101,7 @@ class SiteJob:
     total: int
     earlier: Reached | None = None
     told: Path | None = None
+    schedule: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass
@@ -244,7 +246,8 @@ def _step(
     done = (state.epoch + step / plan.steps) / plan.epochs
     if plan.minutes:
         done = max(done, spent / (60 * plan.minutes))
-    done = min(1, done) / 2 + (0 if job.earlier is None else 0.5)  # one schedule for both halves
+    begin, end = job.schedule
+    done = begin + (end - begin) * min(1, done)
     count = state.epoch * plan.steps + step
     scale = min(1.0, (count + 1) / WARM_STEPS) * max(0.02, (1 + math.cos(math.pi * done)) / 2)
     for group in state.optimizer.param_groups:

@@ -111,7 +111,7 @@ def _train(
     )
     card = None
     if new.gain_over(old) > 0:  # `beats` would refuse what few images cannot tell, and mostly helps
-        final = refit(fitted, options)
+        final = refit(fitted, options) if options.all_images else fitted.weights
         card = _card(fitted, options, old.dice, read_reached(room))
         from_all = final != fitted.weights
         measured = load_weights(fitted.weights) if from_all else None
