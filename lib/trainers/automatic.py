@@ -11,11 +11,12 @@ from functools import cache
 
 from filelock import FileLock
 from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.async_tasks.utils import processes
 
 from lib.durable import write_json
 from lib.machine import free_bytes, identity, is_alive
 from lib.site.store import ModelStore
-from lib.trainers.site.progress import read_progress
+from lib.trainers.site.progress import read_outcome, read_progress
 from lib.trainers.site.split import FEWEST_CASES
 from lib.trainers.site.training import WORKROOM, is_training
 
@@ -55,7 +56,8 @@ class AutomaticTraining:
     stopped is tried again when as many images more are labelled, not at each label; one that ended
     with its server once more with the next label, and no second time, or a training that takes the
     server down would do so for ever. While one runs no other starts, on whatever server of the
-    folder; nor where memory is short.
+    folder, and when it has ended well, the labels saved meanwhile are counted; nor does one start
+    where memory is short.
 
     Args:
         store: of the site's models; files of the last training tell how many images it had.
@@ -68,6 +70,7 @@ class AutomaticTraining:
         self._after = after
         self._count = count_labelled
         self._waiting = threading.Event()  # a look that has not counted yet
+        self._following = threading.Lock()  # held by who waits for the end of a training
 
     def label_saved(self) -> None:
         """Look whether it is time; returns at once. Never raises."""
@@ -105,7 +108,8 @@ class AutomaticTraining:
         if labelled < max(self._after, FEWEST_CASES) or not (due or cut_short):
             return
         if is_training(self._room):
-            logger.info("a training is due; it starts with the first label after this one")
+            logger.info("a training is due; it starts when the one that runs has ended")
+            _behind(self._look_after)
             return
         if free_bytes() < NEEDED:
             logger.warning(
@@ -126,6 +130,19 @@ class AutomaticTraining:
         logger.info("%d images are labelled: a training starts by itself", labelled)
         _stop_at_exit()
         _behind(lambda: self._watch(task, start))
+
+    def _look_after(self) -> None:
+        """Look again when the training that runs is over, unless it failed or was stopped."""
+        if not self._following.acquire(blocking=False):
+            return
+        try:
+            while is_training(self._room) or processes("train"):  # which ends a little later
+                time.sleep(LOOK_S)
+        finally:
+            self._following.release()
+        ended = read_outcome(self._room)
+        if ended is not None and not ended.failed:
+            self._look()
 
     def _watch(self, task: Mapping[str, str], start: _Start) -> None:
         """Note the end of a training, unless the server ends with it."""

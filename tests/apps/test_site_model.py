@@ -26,7 +26,7 @@ from lib.models.network import MatchSegNet, NetworkConfig
 from lib.runtime import studies_name
 from lib.site.store import ModelCard, ModelStore
 from lib.trainers.site.blending import SHARES
-from lib.trainers.site.progress import read_outcome
+from lib.trainers.site.progress import read_outcome, read_progress
 from lib.trainers.site.training import is_training
 from tests.apps.phantoms import ball, dice, write_picture, write_picture_labels
 from tests.apps.server_process import Server
@@ -311,6 +311,29 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         server.stop()
 
 
+def test_labels_saved_during_a_training_start_the_next_when_it_has_ended(tmp_path: Path) -> None:
+    studies = pictures(tmp_path, 10)
+    models = tmp_path / "models"
+    server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
+    try:
+        site = Site(server, models)
+        for seed in range(4):
+            submit(site, f"p{seed}", seed, tmp_path)
+        room = site.store.folder / "training"
+        site.start(max_epochs=8)
+        _wait_for(lambda: (room / "progress.json").exists())
+        for seed in range(4, 9):  # five more than it has
+            submit(site, f"p{seed}", seed, tmp_path)
+        assert is_training(room)
+        assert site.task()["request"]["max_epochs"] == 8
+        _wait_for(lambda: "max_epochs" not in site.task()["request"])
+        _wait_for(lambda: _images(room) == 9)
+        first, second = server.get("/train/?all=true").json()
+        assert (first["status"], second["status"]) == ("DONE", "RUNNING")
+    finally:
+        server.stop()
+
+
 def test_a_training_that_started_by_itself_ends_with_its_server_and_is_taken_up_once(
     tmp_path: Path,
 ) -> None:
@@ -361,6 +384,11 @@ def _end_alone(studies: Path, how: signal.Signals) -> None:
     (training,) = [one for one in serving.children() if "train" in one.cmdline()]
     serving.send_signal(how)
     _wait_for(lambda: _is_over(serving) and _is_over(training))
+
+
+def _images(room: Path) -> int:
+    told = read_progress(room)
+    return told.images if told is not None else 0
 
 
 def _trains(room: Path) -> bool:

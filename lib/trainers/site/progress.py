@@ -65,7 +65,7 @@ class Outcome:
 
     Attributes:
         message: in a sentence; empty while it runs.
-        failed: it ended by an error.
+        failed: it ended by an error, or was ended.
         running: it has not ended: images are read, epochs trained, or networks measured.
         process: `identity` of the one that trains or trained.
     """
@@ -191,7 +191,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         process = str(told.get("process", ""))
         running = not message and is_alive(process)
         if not message and not running:
-            message = "The last training was ended before it was done."
+            message, failed = "The last training was ended before it was done.", True
         return Outcome(message, failed, running, process)
     except FileNotFoundError:
         return None
