@@ -8,17 +8,18 @@ import torch
 from lib.memory.bank import MemoryBank
 from lib.types import Example, Memory
 
-MOST = 16  # labelled images that are left out, each in its turn
+MOST = 48  # labelled slices that are left out, each in its turn
 REFERENCES = 8  # that vote for one
 
 
 def examples_of(bank: MemoryBank) -> Iterator[Example]:
-    """Leave a few labelled images out in turn; those of one image never vote for it.
+    """Leave labelled slices out in turn; those of one image never vote for it.
 
-    Of each, the labels are looked at that the slice shows. Bounded, however large the bank.
+    First one slice of each of some images, then others of the same. Bounded, however large the
+    bank.
     """
-    for reference in bank.references(bank.sample(MOST)):
-        names = sorted(reference.present)
+    for reference in bank.references(bank.spread(MOST)):
+        names = reference.labels
         matches = bank.nearest(
             reference.embedding[None],
             REFERENCES,
@@ -28,9 +29,10 @@ def examples_of(bank: MemoryBank) -> Iterator[Example]:
         memories, known = bank.load([match.key for match in matches], names)
         rows = torch.nonzero(known.any(0)).flatten()  # labels that others know, too
         if len(rows):
-            own = [reference.labels.index(names[row]) for row in rows.tolist()]
             yield Example(
-                _with_rows(reference.memory, torch.tensor(own)),
+                reference.key.image_id,
+                tuple(names[row] for row in rows.tolist()),
+                _with_rows(reference.memory, rows),
                 [_with_rows(memory, rows) for memory in memories],
                 known[:, rows],
             )

@@ -158,9 +158,10 @@ class ReferenceEngine:
                 )
                 self._studied = (bank.folder, version), learned
                 logger.info(
-                    "the labels say: place counts %g times as much%s",
+                    "the labels say: place counts %g times as much%s%s",
                     learned.place,
                     ", after references are aligned" if learned.aligned else "",
+                    "; they have looks of their own" if learned.looks is not None else "",
                 )
             return self._studied[1]
 
@@ -212,6 +213,8 @@ class ReferenceEngine:
         contours = _contours(annotation, image, axis, names)
         with watch("study"):
             study = self.study(bank) if todo else Study()
+            hidden = own.image_id if own is not None and not options.own_labels else None
+            told = study.of(names, without=hidden)
         decision = Decision(len(names), len(todo), study.shapes_of(names), adjacent=image.adjacent)
         done = 0
         thin = image.kind == "volume" and image.geometry.spacing_mm[axis] <= THIN_MM
@@ -225,7 +228,7 @@ class ReferenceEngine:
                     groups = self._matches(bank, embeddings, names, options, own_slices)
                 for row, index in enumerate(chunk):
                     self._segment_slice(
-                        bank, features[row], groups[row], names, index, study, contours, decision,
+                        bank, features[row], groups[row], names, index, told, contours, decision,
                         tally, watch,
                     )  # fmt: skip
                 done += len(chunk)
@@ -310,6 +313,7 @@ class ReferenceEngine:
             if not bool(asked.all()):
                 memories = [replace(memory, labels=memory.labels[rows]) for memory in memories]
                 known = known[:, rows]
+                study = study.of([names[row] for row in rows.tolist()])
             prediction = self.segmenter.segment(features, memories, known, study)
         with watch("merge"):
             scores = prediction.scores

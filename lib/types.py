@@ -7,7 +7,7 @@ L labels; R references; E embedding size; S working size of a network.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +88,62 @@ class Shape:
     scattered: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a segmenter adds to the scores of labels, learned from a study; opaque to all others.
+
+    score -> gain * score + weights . features + offset.
+
+    Attributes:
+        weights: (L, C).
+        gain: (L,).
+        offset: (L,).
+    """
+
+    weights: torch.Tensor
+    gain: torch.Tensor
+    offset: torch.Tensor
+
+    def of(self, rows: Sequence[int | None]) -> "Correction":
+        """Of these rows, in order; None: of a label that is not corrected."""
+        picks = torch.tensor([-1 if row is None else row for row in rows], dtype=torch.long)
+        none = picks < 0
+        weights, gain, offset = (
+            part[picks].clone() for part in (self.weights, self.gain, self.offset)
+        )
+        weights[none], gain[none], offset[none] = 0, 1, 0
+        return Correction(weights, gain, offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """How the labels of a study look, whatever its references say of a query.
+
+    Attributes:
+        labels: names, in the order of the correction's rows.
+        correction: learned from all labelled images that were looked at.
+        without: image id -> learned without this image, for what is to be foretold of it.
+    """
+
+    labels: tuple[str, ...]
+    correction: Correction
+    without: Mapping[str, Correction] = field(default_factory=dict)
+
+    @property
+    def corrected(self) -> tuple[str, ...]:
+        """Labels of which there is something to be said."""
+        told = self.correction.weights.any(1).tolist()
+        return tuple(name for name, yes in zip(self.labels, told, strict=True) if yes)
+
+    def of(self, labels: Sequence[str], image_id: str | None = None) -> "Looks":
+        """Of these labels, in order; as if this image's labels were not known."""
+        rows = [self.labels.index(name) if name in self.labels else None for name in labels]
+        chosen = (
+            self.correction if image_id is None else self.without.get(image_id, self.correction)
+        )
+        return Looks(tuple(labels), chosen.of(rows))
+
+
 @dataclass(frozen=True)
 class Study:
     """What the labels of a study say of how its images are to be segmented.
@@ -100,12 +156,21 @@ class Study:
         reach: mean distance (1 - cosine) of a query to its nearest references up to which the
             above was seen to hold, farther away all is as in training; None: it holds everywhere.
         shapes: what nearly all masks of a label look like; labels not named have any shape.
+        looks: how labels look; None: nothing is to be said of it. A segmenter is given those of the
+            very labels that it segments, see `of`.
     """
 
     place: float = 1.0
     aligned: bool = False
     reach: float | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    looks: Looks | None = None
+
+    def of(self, labels: Sequence[str], *, without: str | None = None) -> "Study":
+        """For these labels, in order; as if the labels of the image `without` taught no looks."""
+        if self.looks is None:
+            return self
+        return replace(self, looks=self.looks.of(labels, without))
 
     def shapes_of(self, labels: Sequence[str]) -> list[Shape]:
         """Of these labels, in order."""
@@ -117,11 +182,15 @@ class Example:
     """A labelled slice and the references that it would be segmented by, were it not labelled.
 
     Attributes:
+        image_id: that the slice is of.
+        labels: names of the L rows.
         memory: of the slice; L rows.
         references: R >= 1 memories of other images, rows for the same labels.
         known: (R, L) bool, which reference was annotated for which label.
     """
 
+    image_id: str
+    labels: tuple[str, ...]
     memory: Memory
     references: Sequence[Memory]
     known: torch.Tensor

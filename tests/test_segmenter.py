@@ -19,13 +19,14 @@ from lib.models.protocol import AS_TRAINED
 from lib.segmentation import Options, Segmentation
 from lib.segmenter import ReferenceEngine
 from lib.types import (
+    Correction,
     Example,
     Features,
     FloatArray,
     LabelledImage,
+    Looks,
     Memory,
     Prediction,
-    Shape,
     Study,
 )
 
@@ -430,57 +431,52 @@ def test_the_study_is_learned_once_for_each_state_of_the_labels(tmp_path: Path) 
     assert {study.place for study in surveyor.studies} == {2.0, 3.0}
 
 
-def test_what_is_always_drawn_in_one_piece_is_found_in_one_piece(studio: Studio) -> None:
-    def left(values: np.ndarray) -> None:
-        values[2:8, 3:9, 2] = 1
+class Painter(Surveyor):
+    """Says of looks that liver counts double, or threefold where image a is not to be known."""
 
-    def right(values: np.ndarray) -> None:
-        values[10:15, 3:9, 2] = 1
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        kept = list(examples)
+        self.examples.append(kept)
+        assert {one.labels for one in kept} <= {("liver",), ("liver", "spleen")}
+        twice, thrice = (
+            Correction(torch.ones(1, 1), torch.tensor([gain]), torch.zeros(1))
+            for gain in (2.0, 3.0)
+        )
+        return Study(looks=Looks(("liver",), twice, {"a": thrice}))
+
+
+def test_looks_are_those_of_the_labels_at_hand_and_not_of_the_image_left_out(
+    tmp_path: Path,
+) -> None:
+    studio = Studio(tmp_path, Painter())
+    painter = studio.averager
+    assert isinstance(painter, Painter)
+    for n, name in enumerate("ab"):
+        studio.label(name, annotate(2), n)
 
     def both(values: np.ndarray) -> None:
-        left(values)
-        right(values)
+        annotate(2)(values)
+        values[10, 10, 2] = 2
 
-    def long(values: np.ndarray) -> None:
-        values[2:15, 3:9, 2] = 1
+    studio.label("c", both, 3)
 
-    def rows(draws: Sequence[Callable[[np.ndarray], None]]) -> tuple[Segmentation, int]:
-        for draw in draws:
-            name = f"case {len(studio.labelled)}"
-            studio.label(name, draw, len(studio.labelled))
-        found = studio.segment(studio.image("query", 99), ["liver"])
-        return found, int(found.label_map.any((1, 2)).sum())
+    def gains(
+        path: Path, own: LabelledImage | None = None, **options: object
+    ) -> set[tuple[tuple[str, ...], tuple[float, ...]]]:
+        painter.studies.clear()
+        studio.segment(path, own=own, **options)
+        looks = [study.looks for study in painter.studies]
+        return {(one.labels, tuple(one.correction.gain.tolist())) for one in looks if one}
 
-    found, wide = rows([left, right, long])
-    assert wide == 6 + 5  # three labels say nothing yet
-    found, wide = rows([left, right])
-    assert found.study.shapes["liver"] == Shape(1, closed=True)
-    assert wide == 6
-    found, wide = rows([both])
-    assert found.study.shapes["liver"].pieces == 2
-    assert wide == 6 + 5
-
-
-def test_what_lies_between_own_slices_follows_their_contours(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A square that widens; the references alone paint a mean of all own slices."""
-
-    def squares(values: np.ndarray, slices: Sequence[int]) -> None:
-        for index in slices:
-            reach = 2 + index
-            values[8 - reach : 8 + reach, 8 - reach : 8 + reach, index] = 1
-
-    own = studio.label("query", lambda v: squares(v, (0, 2, 4)), seed=2)
-    image = read_image(own.image_path)
-    truth = np.zeros(SHAPE, np.int32)
-    squares(truth, (1, 3))
-
-    def dice() -> float:
-        found = on_file_grid(studio.segment(own.image_path, own=own, k=3), image)[..., [1, 3]] == 1
-        drawn = truth[..., [1, 3]] == 1
-        return float(2 * (found & drawn).sum() / (found.sum() + drawn.sum()))
-
-    assert dice() > 0.88
-    monkeypatch.setattr("lib.segmenter._contours", lambda *_: None)
-    assert dice() < 0.85
+    query = studio.image("query", 9)
+    assert gains(query) == {(("liver", "spleen"), (2.0, 1.0))}
+    studio.segment(query, labels=["spleen"])
+    last = painter.studies[-1].looks
+    assert last is not None
+    assert (last.labels, last.correction.gain.tolist()) == (("spleen",), [1.0])
+    own = studio.labelled[0]
+    assert gains(own.image_path, own, own_labels=False) == {(("liver", "spleen"), (3.0, 1.0))}
+    assert gains(own.image_path, own) == {(("liver", "spleen"), (2.0, 1.0))}
+    assert gains(studio.labelled[1].image_path, studio.labelled[1], own_labels=False) == {
+        (("liver", "spleen"), (2.0, 1.0))
+    }

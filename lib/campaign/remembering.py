@@ -97,7 +97,8 @@ class RememberingSegmenter:
         if picture is None:
             return self._segmenter.segment(query, references, known, study)
         marks = sorted(_mark(m, row) for m, row in zip(references, known.tolist(), strict=True))
-        asked = picture + b"".join(marks) + repr((study.place, study.aligned, study.reach)).encode()
+        told = repr((study.place, study.aligned, study.reach)).encode()
+        asked = picture + b"".join(marks) + told + _looks(study)
         question = blake2b(asked, digest_size=16).digest()
         self.asked += 1
         with self._lock:
@@ -201,6 +202,16 @@ def _mark(memory: Memory, known: Sequence[bool]) -> bytes:
     for tensor in (memory.image, memory.labels):
         mark.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         mark.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return mark.digest()
+
+
+def _looks(study: Study) -> bytes:
+    if study.looks is None:
+        return b""
+    parts = study.looks.correction
+    mark = blake2b(digest_size=16)
+    for tensor in (parts.weights, parts.gain, parts.offset):
+        mark.update(tensor.contiguous().numpy().tobytes())
     return mark.digest()
 
 

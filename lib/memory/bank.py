@@ -202,6 +202,10 @@ class MemoryBank:
         """
         return self._with_view(lambda view: view.sample(count))
 
+    def spread(self, count: int) -> list[SliceKey]:
+        """The references of `sample`, then others of the same images, evenly, `count` at most."""
+        return self._with_view(lambda view: view.spread(count))
+
     def own_slices(self, image_id: str) -> list[SliceKey]:
         """The reference slices of an image, in order."""
         return self._with_view(lambda view: view.keys_of(image_id))

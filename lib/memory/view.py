@@ -139,6 +139,16 @@ class View:
                 found.append(max(shown, key=shown.__getitem__))
         return found[:count]
 
+    def spread(self, count: int) -> list[SliceKey]:
+        """See `MemoryBank.spread`."""
+        found = self.sample(count)
+        each = (count - len(found)) // max(1, len(found))
+        for first in list(found):
+            others = [key for key in self.keys_of(first.image_id) if key != first]
+            taken = min(each, len(others))
+            found += [others[int((n + 0.5) * len(others) / taken)] for n in range(taken)]
+        return found
+
     def find(self, key: SliceKey) -> Entry | None:
         """A reference, also one that was dropped a moment ago: its file is still there."""
         number = self._by_image.get(key.image_id, {}).get(key)

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import math
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ from lib.durable import publish, stage
 from lib.errors import RefSegError, WeightsError
 from lib.models.alignment import displacements
 from lib.models.devices import in_batches, is_out_of_memory
+from lib.models.looks import FEWEST_IMAGES, LeftOut, corrected, learn_looks
 from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
 from lib.models.protocol import AS_TRAINED
 from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
@@ -31,9 +36,13 @@ OUT_OF_MEMORY_HINT = "Use fewer references (k), ask for fewer labels at once, or
 STILL, ALIGNED = (1 / 16, 1 / 4, 1.0, 4.0, 16.0), (4.0, 16.0)
 PLACEMENTS = tuple((p, False) for p in STILL) + tuple((p, True) for p in ALIGNED)
 FEWEST, FEW = 3, 4  # labelled slices; fewer say nothing of a study, or little
+MOST_PLACED = 16  # labelled images, a slice of each, by which the use of place is chosen
+COARSE = 8  # fine maps are kept with a memory as coarse as the vote's grid
+ANSWERS_KEPT = 512  # of slices left out, which most labels submitted do not change
 NEAREST = 8  # references by which it is told how far a picture is from all
 REACH = 2.0  # farther than so many times the farthest slice left out, a study says nothing
-VERSION = 2  # raised when a stored memory would no longer fit although the weights are the same
+_EMBEDDED = MatchSegNet.DESCRIPTOR + THUMBNAIL**2  # values of the embedding
+VERSION = 3  # raised when a stored memory would no longer fit although the weights are the same
 
 
 def standardize(images: Tensor) -> Tensor:
@@ -107,9 +116,28 @@ class MatchSegSegmenter:
 
     name = "matchseg"
 
-    def __init__(self, net: MatchSegNet, *, digest: str, device: str | None = None):
-        """Wrap a network; `digest` identifies its weights (their SHA-256)."""
+    def __init__(
+        self,
+        net: MatchSegNet,
+        *,
+        digest: str,
+        device: str | None = None,
+        learns_looks: bool = False,
+    ):
+        """Wrap a network.
+
+        Args:
+            net: the network.
+            digest: identifies its weights (their SHA-256).
+            device: to compute on.
+            learns_looks: whether a study's looks are learned; not of a network that was trained on
+                the study's own labels: what it says of these, even if they are left out as
+                references, it knows from training.
+        """
         self.size = net.config.size
+        self._learns_looks = learns_looks
+        self._answers: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._answers_lock = threading.Lock()
         self.digest = digest
         self.fingerprint = f"matchseg-v{VERSION}-{digest[:16]}-{self.size}"
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -118,7 +146,12 @@ class MatchSegSegmenter:
 
     @classmethod
     def load(
-        cls, path: Path, *, sha256: str | None = None, device: str | None = None
+        cls,
+        path: Path,
+        *,
+        sha256: str | None = None,
+        device: str | None = None,
+        learns_looks: bool = False,
     ) -> "MatchSegSegmenter":
         """Load weights that `save_weights` wrote.
 
@@ -126,7 +159,8 @@ class MatchSegSegmenter:
             WeightsError: see `load_weights`.
         """
         net = load_weights(path, sha256=sha256)
-        return cls(net, digest=hashlib.sha256(path.read_bytes()).hexdigest(), device=device)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return cls(net, digest=digest, device=device, learns_looks=learns_looks)
 
     @classmethod
     def load_bundled(cls, *, device: str | None = None) -> "MatchSegSegmenter":
@@ -135,9 +169,8 @@ class MatchSegSegmenter:
         if not expected.is_file():
             msg = f"{expected.name} is missing; restore it with git checkout lib/models/bundled."
             raise WeightsError(msg)
-        return cls.load(
-            BUNDLED, sha256=expected.read_text(encoding="utf-8").split()[0], device=device
-        )
+        sha256 = expected.read_text(encoding="utf-8").split()[0]
+        return cls.load(BUNDLED, sha256=sha256, device=device, learns_looks=True)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[FloatArray]) -> list[Features]:
@@ -161,7 +194,11 @@ class MatchSegSegmenter:
 
     @torch.inference_mode()
     def remember(self, features: Features, masks: Tensor) -> Memory:
-        """See `ReferenceSegmenter.remember`. Half precision; one flat row per label."""
+        """See `ReferenceSegmenter.remember`. Half precision; one flat row per label.
+
+        Beside what references are asked for it keeps what a query is: so a slice can be left out,
+        and segmented by the others, without its image.
+        """
         side = (self.size, self.size)
         shares = F.interpolate(
             masks.to(self._device).float()[None], size=side, mode="bilinear", antialias=True
@@ -175,18 +212,35 @@ class MatchSegSegmenter:
             kept.sums2[0].flatten(1) * SUM_SCALE,
         ]
         assert features.embedding is not None
-        image = _with_embedding(kept.descriptor[0].cpu(), torch.from_numpy(features.embedding))
+        _, tokens, fine4, fine2 = features.maps
+        side8 = self.size // COARSE
+        coarse = (F.adaptive_avg_pool2d(fine.float(), side8).flatten() for fine in (fine4, fine2))
+        image = _in_rows(
+            kept.descriptor[0], torch.from_numpy(features.embedding), tokens.flatten(), *coarse
+        )
         return Memory(image=image.half(), labels=torch.cat(rows, 1).half().cpu())
 
     def study_of(self, examples: Iterable[Example]) -> Study:
-        """See `ReferenceSegmenter.study_of`: the use of place by which references vote best.
+        """See `ReferenceSegmenter.study_of`: the use of place, then how labels look."""
+        found = list(examples)
+        first: dict[str, Example] = {}
+        for example in found:
+            first.setdefault(example.image_id, example)
+        study = self._placement(list(first.values())[:MOST_PLACED])
+        if not self._learns_looks or len(first) < FEWEST_IMAGES:
+            return study
+        return replace(study, looks=learn_looks([self._left_out(one, study) for one in found]))
+
+    def _placement(self, examples: Sequence[Example]) -> Study:
+        """The use of place by which references vote best.
 
         Another weight than in training's is taken where the votes for labelled slices, each left
         out in turn, are better by it: on average, and by more than half the standard error of that.
         Three slices may move it one step only, two may agree by chance. Where place counts for more
         than in training, references are aligned if the votes are better by that, too.
         """
-        found = [self._vote_losses(example) for example in examples]
+        shown = [one for example in examples if (one := self._shown(example)) is not None]
+        found = [self._vote_losses(example) for example in shown]
         found = [one for one in found if bool(one.losses.isfinite().all())]
         if len(found) < FEWEST:
             return Study()
@@ -204,6 +258,66 @@ class MatchSegSegmenter:
             best = rivals[int(losses[:, rivals].mean(0).argmin())]
         place, aligned = PLACEMENTS[best]
         return Study(place, aligned, REACH * max(one.distance for one in found))
+
+    def _shown(self, example: Example) -> Example | None:
+        """The labels that are on the slice."""
+        cells = (self.size // COARSE) ** 2
+        rows = torch.nonzero(example.memory.labels[:, :cells].any(1)).flatten()
+        if not len(rows):
+            return None
+        return Example(
+            example.image_id,
+            tuple(example.labels[row] for row in rows.tolist()),
+            replace(example.memory, labels=example.memory.labels[rows]),
+            [replace(one, labels=one.labels[rows]) for one in example.references],
+            example.known[:, rows],
+        )
+
+    @torch.inference_mode()
+    def _left_out(self, example: Example, study: Study) -> LeftOut:
+        """A labelled slice as its references segment it, cell by cell."""
+        side = self.size // COARSE
+        cells = side**2
+        mark = _mark(example, study, cells)
+        with self._answers_lock:
+            scores = self._answers.pop(mark, None)
+        if scores is None:
+            query = self._as_query(example.memory)
+            found = self._segment(query, example.references, example.known, study)
+            scores = F.adaptive_avg_pool2d(found.scores, side).flatten(1).T.half()
+        with self._answers_lock:
+            self._answers[mark] = scores
+            while len(self._answers) > ANSWERS_KEPT:
+                self._answers.popitem(last=False)
+        return LeftOut(
+            example.image_id,
+            example.labels,
+            example.memory.image[:cells],
+            scores,
+            example.memory.labels[:, :cells].T,
+        )
+
+    def _as_query(self, memory: Memory) -> Features:
+        """What `encode` made, as far as a memory has it: fine maps are smooth."""
+        side, width = self.size // COARSE, self._net.config.tokens
+        shapes = ((self.size // 16) ** 2, width), (FINE4, side, side), (FINE2, side, side)
+        flat = memory.image[side**2 :].float().flatten()[_EMBEDDED:]
+        sizes = [math.prod(shape) for shape in shapes]
+        tokens, fine4, fine2 = (
+            part.view(shape).to(self._device)
+            for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)
+        )
+        descriptor = memory.image[: side**2].float().T.unflatten(1, (side, side))
+        return Features(
+            (
+                descriptor.to(self._device),
+                tokens,
+                _finer(fine4, self.size // 4),
+                _finer(fine2, self.size // 2),
+            ),
+            _embedding(memory, side**2).numpy(),
+            self.fingerprint,
+        )
 
     @torch.inference_mode()
     def _vote_losses(self, example: Example) -> _Left:
@@ -247,6 +361,12 @@ class MatchSegSegmenter:
         similarity = self._similarity(references, torch.from_numpy(query.embedding))
         memory = self._remembered(references)
         known = known.to(self._device)
+        looks = study.looks
+        if looks is not None and len(looks.labels) != known.shape[1]:
+            msg = (
+                f"looks of {len(looks.labels)} labels for {known.shape[1]}; ask `Study.of` for them"
+            )
+            raise ValueError(msg)
         if not _within(similarity, study.reach):
             study = AS_TRAINED
         moves = _moves(query.maps[0], memory, known)[None] if study.aligned else None
@@ -258,8 +378,11 @@ class MatchSegSegmenter:
             study.place,
             moves,
         )
+        scores = output.scores[0]
+        if looks is not None:
+            scores = corrected(scores, query.maps[0], looks.correction)
         return Prediction(
-            scores=output.scores[0].cpu(),
+            scores=scores.cpu(),
             presence=output.presence[0].sigmoid().cpu(),
             quality=output.quality[0].sigmoid().cpu(),
         )
@@ -359,16 +482,34 @@ def pooled(descriptor: Tensor, images: Tensor) -> Tensor:
     return F.normalize(torch.cat([content, THUMBNAIL_WEIGHT * thumbnail], 1), dim=1)
 
 
-def _with_embedding(descriptor: Tensor, embedding: Tensor) -> Tensor:
-    """Append an embedding (E,) to descriptors (P, C), as rows of C filled up with zeros."""
+def _in_rows(descriptor: Tensor, *more: Tensor) -> Tensor:
+    """Descriptors (P, C), then other values as further rows of C, filled up with zeros."""
+    flat = torch.cat([one.detach().float().cpu() for one in more])
     width = descriptor.shape[1]
-    padded = F.pad(embedding, (0, -len(embedding) % width))
-    return torch.cat([descriptor, padded.view(-1, width).to(descriptor.dtype)])
+    return torch.cat(
+        [descriptor.cpu().float(), F.pad(flat, (0, -len(flat) % width)).view(-1, width)]
+    )
 
 
 def _embedding(memory: Memory, cells: int) -> Tensor:
-    """What `_with_embedding` appended, and the zeros behind it."""
-    return memory.image[cells:].flatten().float()
+    """The first that follows the descriptors in a memory."""
+    rows = -(-_EMBEDDED // memory.image.shape[1])
+    return memory.image[cells : cells + rows].flatten()[:_EMBEDDED].float()
+
+
+def _finer(coarse: Tensor, side: int) -> Tensor:
+    return F.interpolate(coarse[None], size=(side, side), mode="bilinear")[0]
+
+
+def _mark(example: Example, study: Study, cells: int) -> bytes:
+    """Of all that decides how others segment a slice: pictures by their embeddings."""
+    digest = blake2b(digest_size=16)
+    digest.update(repr((example.labels, study.place, study.aligned, study.reach)).encode())
+    digest.update(example.known.numpy().tobytes())
+    for memory in (example.memory, *example.references):
+        digest.update(_embedding(memory, cells).numpy().tobytes())
+        digest.update(memory.labels[:, :cells].contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def _batch(features: Features) -> Encoded:

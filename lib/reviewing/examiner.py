@@ -118,6 +118,7 @@ class Examiner:
         height, width = pictures[0].shape[:2]
         looked: list[_Looked] = []
         study = self._engine.study(bank)
+        told = study.of(names, without=exclude_image)
         shapes = study.shapes_of(names)
         decisions = [  # and two halves; of a few slices, so each is judged by itself
             Decision(len(names), len(slices), shapes, adjacent=False) for _ in range(3)
@@ -136,9 +137,7 @@ class Examiner:
             )
             for index, feature, matches in zip(chunk, features, groups, strict=True):
                 if matches:
-                    looked.append(
-                        self._look(bank, index, feature, matches, names, study, decisions)
-                    )
+                    looked.append(self._look(bank, index, feature, matches, names, told, decisions))
         masks = (
             np.stack([decisions[0].draw(i, (height, width)) for i in slices])
             if slices
@@ -174,7 +173,10 @@ class Examiner:
                 continue
             chosen = [replace(memories[v], labels=memories[v].labels[rows]) for v in voters]
             prediction = self._engine.segmenter.segment(
-                features, chosen, known[voters][:, rows], study
+                features,
+                chosen,
+                known[voters][:, rows],
+                study.of([names[row] for row in rows.tolist()]),
             )
             decision.add(index, prediction.scores, rows.tolist())
             if decision is decisions[0]:
@@ -235,7 +237,8 @@ class Examiner:
         study: Study,
         tally: EvidenceTally,
     ) -> None:
-        """Segment references back by the prediction, as if it were the truth."""
+        """Segment references back by the prediction, as if it were the truth, and all that is."""
+        study = replace(study, looks=None)
         largest = sorted(looked, key=lambda one: -int((masks[one.index] > 0).sum()))
         found: dict[str, list[float]] = {name: [] for name in names}
         for one in largest[:REVERSED_SLICES]:

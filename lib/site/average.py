@@ -67,6 +67,8 @@ class AveragedSegmenter:
         """See `ReferenceSegmenter.study_of`; what holds of a study, the first can tell."""
         return self.first.study_of(
             Example(
+                one.image_id,
+                one.labels,
                 self._memory(one.memory, 0),
                 [self._memory(memory, 0) for memory in one.references],
                 one.known,

@@ -29,7 +29,7 @@ from lib.imaging.slices import cut
 from lib.memory.bank import MemoryBank
 from lib.segmentation import Options
 from lib.segmenter import ReferenceEngine
-from lib.types import Study
+from lib.types import Correction, Looks, Study
 
 from .studies import NAMES, Averager, Thumbnail, labelled_in, make_studies, runtime_of
 
@@ -314,7 +314,14 @@ def test_another_question_is_asked(tmp_path: Path, what: str) -> None:
     assert q.averager.asked == asked + 1
 
 
-@pytest.mark.parametrize("study", [Study(place=4.0), Study(aligned=True), Study(reach=0.5)])
+def _looks(gain: float) -> Looks:
+    return Looks(("a",), Correction(torch.zeros(1, 1), torch.tensor([gain]), torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    "study",
+    [Study(place=4.0), Study(aligned=True), Study(reach=0.5), Study(looks=_looks(2.0))],
+)
 def test_another_study_is_another_question(tmp_path: Path, study: Study) -> None:
     q = Question(tmp_path)
     for asked in (Study(), study, Study(), study):

@@ -305,7 +305,13 @@ def test_a_sample_takes_of_each_image_a_slice_that_shows_most_labels(make_bank, 
         most = max(len(r.present) for r in held.values() if r.key.image_id == key.image_id)
         assert len(held[key].present) == most > 0
     assert bank.sample(count + 1)[:count] == drawn  # a larger sample goes on where this ended
+    more = bank.spread(count)
+    assert more[: len(drawn)] == drawn
+    assert len(set(more)) == len(more) <= count
+    assert {key.image_id for key in more} == {key.image_id for key in drawn}
     for example in examples_of(bank):
+        assert example.image_id in images
+        assert len(example.labels) == len(example.memory.labels)
         assert example.known.any(0).all()
         assert len(example.memory.labels) == example.known.shape[1] > 0
         assert all(len(one.labels) == example.known.shape[1] for one in example.references)

@@ -1,12 +1,14 @@
 """What labelled slices say of their study, with the bundled weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lib.models.matchseg import MatchSegSegmenter, _embedding
 from lib.models.network import AROUND, MOST_CELLS, Remembered
-from lib.types import Example, FloatArray, Memory, Study
+from lib.types import Correction, Example, FloatArray, Looks, Memory, Study
 
 SIDE = 96
 BLOB = 30
@@ -36,7 +38,8 @@ def left_out(memories: list[Memory]) -> list[Example]:
     for row, memory in enumerate(memories):
         others = memories[:row] + memories[row + 1 :]
         known = torch.ones(len(others), len(memory.labels), dtype=torch.bool)
-        examples.append(Example(memory, others, known))
+        names = tuple(f"label {n}" for n in range(len(memory.labels)))
+        examples.append(Example(f"image {row}", names, memory, others, known))
     return examples
 
 
@@ -187,3 +190,92 @@ def test_a_study_changes_the_answer_and_the_usual_one_does_not(
     plain = segmenter.segment(query, memories, known).scores
     assert torch.equal(plain, segmenter.segment(query, memories, known, Study()).scores)
     assert not torch.allclose(plain, segmenter.segment(query, memories, known, Study(16.0)).scores)
+
+
+def mottled(rng: np.random.Generator) -> tuple[FloatArray, torch.Tensor]:
+    """A structure anywhere, hardly to be told from the noise around it."""
+    image, mask = noise(rng), torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
+    y, x = rng.integers(2, SIDE - 26, 2)
+    image[y : y + 24, x : x + 24] += 0.02 * (np.indices((24, 24)).sum(0) % 4 < 2)
+    mask[0, y : y + 24, x : x + 24] = True
+    return image, mask
+
+
+def test_a_memory_is_as_good_a_query_as_the_image(segmenter: MatchSegSegmenter) -> None:
+    rng = np.random.default_rng(0)
+    seen = [mottled(rng) for _ in range(6)]
+    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    exact = segmenter.encode([seen[0][0]])[0]
+    known = torch.ones(5, 1, dtype=torch.bool)
+    query = segmenter._as_query(memories[0])
+    assert exact.embedding is not None
+    assert query.embedding is not None
+    np.testing.assert_allclose(query.embedding, exact.embedding, atol=1e-3)
+    assert [one.shape for one in query.maps] == [one.shape for one in exact.maps]
+    one, other = (
+        segmenter.segment(features, memories[1:], known).scores[0] for features in (exact, query)
+    )
+    pooled = torch.nn.functional.avg_pool2d(torch.stack([one, other]), 8).flatten(1)
+    assert float(torch.corrcoef(pooled)[0, 1]) > 0.97
+
+
+def test_looks_are_learned_where_references_do_not_say_enough(
+    segmenter: MatchSegSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    seen = [mottled(rng) for _ in range(12)]
+    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    examples = left_out(memories)
+    study = segmenter.study_of(examples)
+    assert study.looks is not None
+    assert study.looks.corrected == ("label 0",)
+    known = torch.ones(12, 1, dtype=torch.bool)
+
+    def dice(study: Study) -> float:
+        rng = np.random.default_rng(2)
+        values = []
+        for image, mask in (mottled(rng) for _ in range(4)):
+            query = segmenter.encode([image])[0]
+            scores = segmenter.segment(query, memories, known, study.of(["label 0"])).scores
+            found = torch.nn.functional.interpolate(scores[None], size=(SIDE, SIDE))[0] > 0
+            values.append(float(2 * (found & mask).sum() / (found.sum() + mask.sum())))
+        return float(np.mean(values))
+
+    assert dice(study) > dice(replace(study, looks=None)) + 0.03
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was segmented a second time")
+
+    monkeypatch.setattr(segmenter, "_segment", refuse)
+    again = segmenter.study_of(examples)  # nothing has changed
+    assert again.looks is not None
+    assert torch.equal(again.looks.correction.weights, study.looks.correction.weights)
+    fewer = [*examples[:-1], replace(examples[-1], references=examples[-1].references[1:],
+                                     known=known[:10])]  # fmt: skip
+    with pytest.raises(AssertionError, match="a second time"):
+        segmenter.study_of(fewer)
+
+
+def test_a_network_that_was_trained_on_the_labels_learns_no_looks_of_them(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    rng = np.random.default_rng(1)
+    seen = [mottled(rng) for _ in range(12)]
+    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    own = MatchSegSegmenter(segmenter._net, digest=segmenter.digest, device="cpu")
+    study = own.study_of(left_out(memories))
+    assert study.looks is None
+    assert study.place == segmenter.study_of(left_out(memories)).place
+
+
+def test_looks_of_other_labels_than_those_segmented_are_refused(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    rng = np.random.default_rng(3)
+    image, mask = mottled(rng)
+    (memory,) = learned(segmenter, [image], [mask])
+    query, known = segmenter.encode([image])[0], torch.ones(1, 1, dtype=torch.bool)
+    weights = torch.zeros(2, query.maps[0].shape[0])
+    two = Looks(("a", "b"), Correction(weights, torch.ones(2), torch.zeros(2)))
+    with pytest.raises(ValueError, match="looks of 2 labels for 1"):
+        segmenter.segment(query, [memory], known, Study(looks=two))
