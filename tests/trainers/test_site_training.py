@@ -26,7 +26,7 @@ from lib.trainers.site.blending import blend, mix
 from lib.trainers.site.distributed import Ranks, run_on
 from lib.trainers.site.episodes import EpisodePlan, SiteEpisodes
 from lib.trainers.site.fitting import TrainOptions, fit, refit
-from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob, SitePlan, _step, train_site
+from lib.trainers.site.loop import BEST, CHECKPOINT, LAST, SiteJob, SitePlan, _step, train_site
 from lib.trainers.site.packing import (
     MOST_SLICES,
     SIDE,
@@ -330,27 +330,31 @@ def test_of_the_networks_between_two_the_best_is_kept(
     net = load_weights(BUNDLED)
     with torch.no_grad():
         for value in net.parameters():
-            value += 0.1 * value.abs().mean() * torch.randn(value.shape, generator=generator)
+            value += 2.0 * value.abs().mean() * torch.randn(value.shape, generator=generator)
     spoiled, good = tmp_path / "spoiled.safetensors", tmp_path / "good.safetensors"
     good.write_bytes(BUNDLED.read_bytes())
     save_weights(net, spoiled)
     validator = Validator(cases[:4], cases[4:], RefSegSettings(device="cpu"), room=tmp_path)
 
-    alone = blend(None, spoiled, validator, device="cpu")
-    too_far = blend(BUNDLED, spoiled, validator, device="cpu")
-    assert (alone.trained_share, too_far.trained_share) == (1.0, 0.25)
-    assert too_far.measured.dice > alone.measured.dice
+    alone = blend(None, spoiled, spoiled, validator, device="cpu")
+    assert (alone.trained, alone.trained_share) == (spoiled, 1.0)
+    too_far = blend(BUNDLED, spoiled, spoiled, validator, device="cpu")
+    assert (too_far.trained, too_far.trained_share) == (spoiled, 0.25)
+    assert too_far.measured.beats(alone.measured)
     kept, old = load_weights(too_far.weights).state_dict(), load_weights(BUNDLED).state_dict()
     for name, value in load_weights(spoiled).state_dict().items():
         assert torch.allclose(kept[name], 0.75 * old[name] + 0.25 * value, rtol=2e-3, atol=1e-4)
+    level = blend(BUNDLED, good, good, validator, device="cpu")
+    assert (level.trained, level.trained_share) == (good, 0.75)
+    earlier = blend(BUNDLED, spoiled, good, validator, device="cpu")
+    assert earlier.trained == good
+    without = blend(None, spoiled, good, validator, device="cpu")
+    assert (without.trained, without.trained_share) == (good, 1.0)
     trained = tmp_path / "no room" / "trained.safetensors"
     (trained.parent / "blended.safetensors" / "in the way").mkdir(parents=True)
     save_weights(net, trained)
     with pytest.raises(TrainingError, match=r"cannot write to .* Make room"):
-        blend(None, trained, validator, device="cpu")
-    worth_it = blend(spoiled, good, validator, device="cpu")
-    assert worth_it.trained_share > 0.25
-    assert worth_it.measured.beats(alone.measured)
+        blend(None, trained, trained, validator, device="cpu")
 
 
 def test_what_a_training_comes_to_is_the_blend_and_was_measured(
@@ -361,7 +365,7 @@ def test_what_a_training_comes_to_is_the_blend_and_was_measured(
     found = fit(labelled, tmp_path, TrainOptions(plan), settings)
     assert found.trained_share < 1
     assert (found.job.plan.epochs, found.job.total, found.job.schedule) == (1, 1, (0, 1))
-    new, old = load_weights(tmp_path / BEST).state_dict(), load_weights(BUNDLED).state_dict()
+    new, old = load_weights(found.trained).state_dict(), load_weights(BUNDLED).state_dict()
     for name, value in load_weights(found.weights).state_dict().items():
         assert torch.equal(value, old[name].lerp(new[name], found.trained_share).half().float())
     validator = Validator(found.job.training, found.job.validation, settings, room=tmp_path)
@@ -393,8 +397,8 @@ def test_at_last_it_learns_from_all_images_as_long_and_as_far(
     told = json.loads((tmp_path / PROGRESS).read_text())
     assert (told["epoch"], told["total_epochs"]) == (3, 3)
     assert told["best_metric"] == pytest.approx(found.end.best, abs=1e-4)
-    new, old = load_weights(final.parent / BEST).state_dict(), load_weights(BUNDLED).state_dict()
-    first = load_weights(tmp_path / BEST).state_dict()
+    new, old = load_weights(final.parent / LAST).state_dict(), load_weights(BUNDLED).state_dict()
+    first = load_weights(found.trained).state_dict()
     assert any(not torch.equal(value, first[name]) for name, value in new.items())
     for name, value in load_weights(final).state_dict().items():
         assert torch.equal(value, old[name].lerp(new[name], 0.75).half().float())
@@ -586,14 +590,18 @@ def test_a_gain_that_chance_would_give_is_no_better_network() -> None:
     none = float("nan")
     before = Validation((0.5, 0.6, 0.7, 0.8), {})
     assert Validation((0.6, 0.7, 0.8, 0.9), {}).beats(before)
-    assert Validation((0.52, 0.61, 0.71, 0.80), {}).beats(before)  # little, and always
-    assert not Validation((0.9, 0.3, 0.9, 0.51), {}).beats(before)  # +.0025 on average
+    assert not Validation((0.54, 0.64, 0.74, 0.84), {}).beats(before)  # four: less than .05
+    assert not Validation((0.9, 0.3, 0.9, 0.8), {}).beats(before)  # +.075 on average, by chance
     assert not before.beats(before)
-    assert Validation((0.9,), {}).beats(Validation((0.8,), {}))
-    # rightly nothing is as good as can be, and where both find nothing there is nothing to compare
-    assert Validation((0.8, none), {}).beats(Validation((0.79, 0.0), {}))
+    assert Validation((0.8,), {}).beats(Validation((0.55,), {}))
+    assert not Validation((0.7,), {}).beats(Validation((0.55,), {}))
+    many = Validation((0.5,) * 20, {})
+    assert Validation((0.53,) * 20, {}).beats(many)
+    assert not Validation((0.515,) * 20, {}).beats(many)
+    # where there is nothing, nothing found is right
+    assert Validation((0.8, none), {}).beats(Validation((0.7, 0.0), {})) is False  # +.1, +1
+    assert Validation((0.8, none), {}).beats(Validation((0.1, 0.0), {}))
     assert not Validation((0.8, 0.0), {}).beats(Validation((0.81, none), {}))
-    assert Validation((0.8, none), {}).beats(Validation((0.7, none), {}))
     assert not Validation((none, none), {}).beats(Validation((none, none), {}))
 
 

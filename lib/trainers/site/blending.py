@@ -6,7 +6,7 @@ al., arXiv 2109.01903, section 3: theta = (1 - a) theta_0 + a theta_1).
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.errors import TrainingError
@@ -17,7 +17,8 @@ from lib.trainers.site.validation import Validation, Validator
 logger = logging.getLogger(__name__)
 
 BLENDED = "blended.safetensors"
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was trained
+USUAL = 0.75  # of what was trained to the end
+SHARES = (0.25, 0.5, USUAL, 1.0)  # of what was best in between, if that is clearly better
 
 
 @dataclass(frozen=True)
@@ -26,45 +27,54 @@ class Blend:
 
     Attributes:
         weights: of it.
-        trained_share: of the trained weights in it, 0..1.
+        trained: weights that it was mixed from.
+        trained_share: of these in it, 0..1.
         measured: how good it is.
     """
 
     weights: Path
+    trained: Path
     trained_share: float
     measured: Validation
 
 
-def blend(start: Path | None, trained: Path, validator: Validator, *, device: str) -> Blend:
-    """Measure networks between both, and write the one to keep beside the trained one.
+def blend(
+    start: Path | None, last: Path, best: Path, validator: Validator, *, device: str
+) -> Blend:
+    """Measure networks between both, and write the one to keep beside the trained ones.
 
-    It is the nearest to the start that no other beats: on few cases one of several looks better by
-    chance, and then what was learned from many images is trusted.
+    Few cases say little, and less of which epoch was best: so it is three quarters of the last
+    weights, unless a share of those of the best epoch is clearly better.
 
     Args:
-        start: weights that the training began with; None: it began with nothing, and what it came
-            to is measured alone.
-        trained: weights that it came to.
+        start: weights that the training began with; None: it began with nothing, and there is no
+            way back.
+        last: weights that it came to.
+        best: those of the epoch that was measured to be best.
         validator: of the cases kept to measure on.
         device: to measure on.
 
     Raises:
         TrainingError: the disk is full.
     """
-    shares = SHARES if start is not None else (1.0,)
-    networks = {share: _mixed(start, trained, share) for share in shares}
-    found = {}
-    for share, net in networks.items():
-        segmenter = MatchSegSegmenter(net, digest="blended", device=device)
-        found[share] = validator.measure(segmenter)
-        told = found[share].dice
-        logger.info("Dice %.4f with %.0f %% of what was trained", told, 100 * share)
-    kept = next(
-        share
-        for share, one in found.items()
-        if not any(other.beats(one) for other in found.values())
-    )
-    return Blend(_write(networks[kept], trained.parent / BLENDED), kept, found[kept])
+    usual, shares = (USUAL, SHARES) if start is not None else (1.0, (1.0,))
+    again = last.read_bytes() == best.read_bytes()
+    tried = [(last, usual), *((best, one) for one in shares if not (again and one == usual))]
+    first, *others = (_measured(start, *one, validator, device) for one in tried)
+    better = [one for one in others if one.measured.beats(first.measured)]
+    kept = max(better, key=lambda one: one.measured.dice, default=first)
+    target = last.parent / BLENDED
+    return replace(kept, weights=mix(start, kept.trained, kept.trained_share, target))
+
+
+def _measured(
+    start: Path | None, trained: Path, share: float, validator: Validator, device: str
+) -> Blend:
+    net = _mixed(start, trained, share)
+    found = validator.measure(MatchSegSegmenter(net, digest="blended", device=device))
+    which = trained.stem
+    logger.info("Dice %.4f with %.0f %% of the %s weights", found.dice, 100 * share, which)
+    return Blend(trained, trained, share, found)
 
 
 def mix(start: Path | None, trained: Path, share: float, target: Path) -> Path:

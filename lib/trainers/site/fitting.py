@@ -18,7 +18,7 @@ from lib.models.network import NetworkConfig
 from lib.settings import RefSegSettings
 from lib.trainers.site.blending import blend, mix
 from lib.trainers.site.distributed import devices_for, run_on
-from lib.trainers.site.loop import BEST, CHECKPOINT, SiteJob, SitePlan, train_site
+from lib.trainers.site.loop import BEST, CHECKPOINT, LAST, SiteJob, SitePlan, train_site
 from lib.trainers.site.packing import PackedCase, Rules, pack_cases, pack_unlabelled
 from lib.trainers.site.progress import Reached, read_reached
 from lib.trainers.site.split import FEWEST_CASES, split
@@ -62,7 +62,8 @@ class Fitted:
     """What a training came to.
 
     Attributes:
-        weights: of the best epoch, or between these and those it started with.
+        weights: of the last epoch, or the best, on the way back to those it started with.
+        trained: weights before the way back.
         trained_share: of the trained weights in them, 0..1.
         job: what it had to learn from, and to measure on; in half of the time, if `refit` follows.
         measured: how good the weights are on the latter.
@@ -70,6 +71,7 @@ class Fitted:
     """
 
     weights: Path
+    trained: Path
     trained_share: float
     job: SiteJob
     measured: Validation
@@ -150,8 +152,9 @@ def fit(
     )
     run_on(devices_for(device, several=options.several_gpus), train_site, job)
     validator = Validator(training, validation, settings, room=room)
-    best = blend(job.start, room / BEST, validator, device=str(device))
-    return Fitted(best.weights, best.trained_share, job, best.measured, read_reached(room))
+    kept = blend(job.start, room / LAST, room / BEST, validator, device=str(device))
+    end = read_reached(room)
+    return Fitted(kept.weights, kept.trained, kept.trained_share, job, kept.measured, end)
 
 
 def refit(fitted: Fitted, options: TrainOptions) -> Path:
@@ -181,11 +184,11 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
     job = replace(
         first,
         folder=room,
-        start=first.folder / BEST,
+        start=fitted.trained,
         training=(*first.training, *first.validation),
         validation=(),
         plan=replace(first.plan, epochs=epochs, patience=0),
-        mark=_digest(first.mark, epochs, _sha256(first.folder / BEST)),  # it goes on from these
+        mark=_digest(first.mark, epochs, _sha256(fitted.trained)),  # it goes on from these
         total=fitted.end.epochs + epochs,
         earlier=fitted.end,
         told=first.folder,
@@ -194,7 +197,7 @@ def refit(fitted: Fitted, options: TrainOptions) -> Path:
     logger.info("learning from all %d images", len(job.training))
     device = choose_device(first.settings.device)
     run_on(devices_for(device, several=options.several_gpus), train_site, job)
-    final = mix(first.start, room / BEST, fitted.trained_share, room / FINAL)
+    final = mix(first.start, room / LAST, fitted.trained_share, room / FINAL)
     validator = Validator(first.training, first.validation, first.settings, room=first.folder)
     found = validator.measure(MatchSegSegmenter.load(final, device=str(device)))
     if found.gain_over(fitted.measured) < -SPOILED:

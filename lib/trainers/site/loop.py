@@ -29,7 +29,7 @@ from lib.trainers.site.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT, BEST = "checkpoint.pt", "best.safetensors"
+CHECKPOINT, BEST, LAST = "checkpoint.pt", "best.safetensors", "last.safetensors"
 WARM_STEPS = 20
 FEWEST_IMAGES = 3
 PREPARED = 4  # episodes made ahead, where another device computes
@@ -72,7 +72,7 @@ class SiteJob:
     """All that a process needs to train; can be sent to another one.
 
     Attributes:
-        folder: checkpoint, best weights, progress and log go there.
+        folder: checkpoint, best and last weights, progress and log go there.
         start: weights to begin with; None: new ones of this size of network.
         config: of the network.
         training: cases to learn from.
@@ -203,7 +203,9 @@ def _begin(job: SiteJob, device: torch.device) -> _State:
         except Exception as error:  # noqa: BLE001 - a damaged file is as good as none
             logger.warning("the checkpoint cannot be read (%s); training starts anew", error)
             saved = {}
-        if saved.get("mark") == job.mark and (job.folder / BEST).exists():
+        if saved.get("mark") == job.mark and all(
+            (job.folder / name).exists() for name in (BEST, LAST)
+        ):
             net.load_state_dict(saved["net"])
             state.averaged.load_state_dict(saved["averaged"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -274,6 +276,7 @@ def _note(job: SiteJob, state: _State, dice: float | None, losses: list[float]) 
         if dice is None or dice > state.best:
             state.best, state.best_epoch = dice or 0.0, state.epoch
             save_weights(state.averaged, job.folder / BEST)
+        save_weights(state.averaged, job.folder / LAST)
         if dice is not None:
             log_epoch(job.folder, Epoch(state.epoch, mean, dice, state.spent))
         _save(job, state)

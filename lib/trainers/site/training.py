@@ -28,7 +28,7 @@ from lib.trainers.site.fitting import (
     make_room,
     refit,
 )
-from lib.trainers.site.loop import BEST, CHECKPOINT
+from lib.trainers.site.loop import BEST, CHECKPOINT, LAST
 from lib.trainers.site.progress import Reached, close_progress, read_reached, write_outcome
 from lib.trainers.site.validation import TEMPORARY, Validator
 from lib.types import LabelledImage
@@ -121,7 +121,7 @@ def _train(
         message = f"Published as model {card.version}: {figures}{more}."
     else:
         message = f"Not published: {figures}; {current.name} stays in use."
-    for name in (CHECKPOINT, BEST, BLENDED, UNLABELLED):
+    for name in (CHECKPOINT, BEST, LAST, BLENDED, UNLABELLED):
         (room / name).unlink(missing_ok=True)
     close_progress(room)
     shutil.rmtree(room / ALL, ignore_errors=True)
