@@ -16,7 +16,7 @@ import torch
 from lib.annotation import Annotation, put_back, read_annotation
 from lib.contours import Contours
 from lib.decision import Decision
-from lib.errors import RequestError
+from lib.errors import RefSegError, RequestError
 from lib.examples import examples_of
 from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.pieces import shape_of, usual_shape
@@ -94,6 +94,7 @@ class ReferenceEngine:
         self._batch = batch
         self._study_lock = threading.Lock()
         self._studied: tuple[tuple[Path, BankVersion], Study] | None = None
+        self._learning = threading.Lock()  # held by who learns a study behind the requests
 
     # -- labelled image -> references ---------------------------------------------------------
 
@@ -147,8 +148,20 @@ class ReferenceEngine:
         chosen = [pictures[index] for index in indices]
         return self.embedder.regions(chosen, self.segmenter.encode(chosen)), indices
 
-    def study(self, bank: MemoryBank) -> Study:
-        """What the bank's labels say of how to segment; learned anew when they have changed."""
+    def study(self, bank: MemoryBank, *, wait: bool = True) -> Study:
+        """What the bank's labels say of how to segment; learned anew when they have changed.
+
+        Args:
+            bank: of the study.
+            wait: if not, what its labels said a moment ago is good enough, and what they say now is
+                learned behind the answer. Somebody who has just submitted a label wants the next
+                mask, and one label more says little else of how to segment.
+        """
+        known = self._studied
+        if not wait and known is not None and known[0][0] == bank.folder:
+            if known[0][1] != bank.version:
+                self._study_soon(bank)
+            return known[1]
         with self._study_lock:
             version = bank.version
             if self._studied is None or self._studied[0] != (bank.folder, version):
@@ -165,6 +178,22 @@ class ReferenceEngine:
                 )
             return self._studied[1]
 
+    def _study_soon(self, bank: MemoryBank) -> None:
+        """Learn in the background; one thread is enough for all."""
+
+        def learn() -> None:
+            try:
+                self.study(bank)
+            except RefSegError as error:  # the next request tries again
+                logger.warning("what the labels say cannot be learned now: %s", error)
+            except Exception:
+                logger.exception("what the labels say cannot be learned")
+            finally:
+                self._learning.release()
+
+        if self._learning.acquire(blocking=False):
+            threading.Thread(target=learn, name="refseg-study", daemon=True).start()
+
     # -- image -> segmentation ----------------------------------------------------------------
 
     def segment(
@@ -176,6 +205,7 @@ class ReferenceEngine:
         options: Options | None = None,
         own: LabelledImage | None = None,
         on_progress: Progress | None = None,
+        wait: bool = True,
     ) -> Segmentation:
         """Segment an image by the bank's references.
 
@@ -187,6 +217,7 @@ class ReferenceEngine:
             own: the image's own final label, if it has one. Its annotated slices come back as they
                 are, or, with `own_labels=False`, are kept from being references.
             on_progress: called with (slices done, slices in all).
+            wait: see `study`.
         """
         options = options or Options()
         if any(count > 1 for count in map(list(labels).count, labels)):
@@ -212,7 +243,7 @@ class ReferenceEngine:
         own_slices = _own_slices(bank, own, names, annotation)
         contours = _contours(annotation, image, axis, names)
         with watch("study"):
-            study = self.study(bank) if todo else Study()
+            study = self.study(bank, wait=wait) if todo else Study()
             hidden = own.image_id if own is not None and not options.own_labels else None
             told = study.of(names, without=hidden)
         decision = Decision(len(names), len(todo), study.shapes_of(names), adjacent=image.adjacent)

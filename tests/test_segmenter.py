@@ -1,5 +1,7 @@
 """The engine: which references are asked, whose labels win, and what is given back."""
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from lib.annotation import put_back, read_annotation
 from lib.confidence.calibration import Calibration
-from lib.errors import RequestError
+from lib.errors import MemoryStoreError, RequestError
 from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.slices import cut, through_plane_axis
 from lib.memory.bank import MemoryBank
@@ -429,6 +431,60 @@ def test_the_study_is_learned_once_for_each_state_of_the_labels(tmp_path: Path) 
     studio.label("d", annotate(3), 4)
     assert studio.segment(query).study.place == 3.0
     assert {study.place for study in surveyor.studies} == {2.0, 3.0}
+
+
+class Ponderer(Surveyor):
+    """Learns a study only when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = threading.Event()
+        self.fails = False
+
+    def study_of(self, examples: Iterable[Example]) -> Study:
+        assert self.may.wait(20)
+        if self.fails:
+            raise MemoryStoreError("it was removed")
+        return super().study_of(examples)
+
+
+def test_who_has_just_submitted_a_label_does_not_wait_for_what_it_says_of_the_study(
+    tmp_path: Path,
+) -> None:
+    studio = Studio(tmp_path, Ponderer())
+    ponderer = studio.averager
+    assert isinstance(ponderer, Ponderer)
+    for n, name in enumerate("abc"):
+        studio.label(name, annotate(2), n)
+    query = read_image(studio.image("query", 9))
+
+    def place() -> float:
+        studio.bank.sync(studio.labelled)
+        return studio.engine.segment(query, studio.bank, wait=False).study.place
+
+    def learned() -> None:
+        end = time.monotonic() + 20
+        while studio.engine._learning.locked():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    ponderer.may.set()
+    assert place() == 2.0  # there is none yet: this one waits
+    ponderer.may.clear()
+    studio.label("d", annotate(3), 4)
+    assert [place(), place()] == [2.0, 2.0]
+    ponderer.may.set()
+    learned()
+    assert place() == 3.0
+    assert len(ponderer.examples) == 2  # two asked, one learned
+    ponderer.fails = True
+    studio.label("e", annotate(3), 5)
+    assert place() == 3.0
+    learned()
+    ponderer.fails = False
+    assert place() == 3.0  # it is tried again
+    learned()
+    assert place() == 4.0
 
 
 class Painter(Surveyor):

@@ -136,6 +136,7 @@ class RefSeg(InferTask):  # type: ignore[misc]  # MONAI Label is untyped
                 options=wanted.options,
                 own=own,
                 on_progress=_unless_stopped(progress_logger(f"segmenting {wanted.path.name}")),
+                wait=False,
             )
         except LabelError:
             if own is None or own.label_path.exists():
