@@ -30,6 +30,7 @@ FOLDS = 5
 PENALTIES = (1e-1, 1e-2, 1e-3)  # of squared weights
 GAIN_PENALTY = 1e-3
 ITERATIONS = 15
+WHOLE = 0.5  # share of a label in cells that it mostly fills: the grid cannot sharpen what is thinner
 SURE = 8.0  # scores beyond are as good
 AROUND = 5  # cells near a label are all looked at, of the others every so many'th
 EVERY = 4
@@ -248,13 +249,17 @@ def _chosen(
     for row, label in enumerate(labels):
         gains: dict[str, list[list[float]]] = {}
         shown = set()
+        area = inside = 0.0
         for number, one in enumerate(slices):
             if label in one.labels:
                 gain = losses[0, number, row] - losses[1:, number, row]
                 gains.setdefault(one.image_id, []).append(gain.tolist())
-                if float(one.truth[:, one.labels.index(label)].sum()) > 0:
+                truth = one.truth[:, one.labels.index(label)].float()
+                area += float(truth.sum())
+                inside += float(truth[truth > 0.5].sum())
+                if bool((truth > 0).any()):
                     shown.add(one.image_id)
-        if len(shown) < FEWEST_IMAGES:
+        if len(shown) < FEWEST_IMAGES or inside < WHOLE * area:
             continue
         by_image = np.array([np.mean(rows, axis=0) for rows in gains.values()])
         choice = int(by_image.mean(0).argmax())

@@ -98,6 +98,13 @@ def test_few_images_and_labels_on_few_say_nothing() -> None:
     assert (learned.gain.item(), learned.offset.item()) == (1, 0)
 
 
+def test_what_is_thinner_than_a_cell_is_left_to_the_network() -> None:
+    slices = slices_of(0, 10)
+    for share, looks in ((0.6, True), (0.4, False)):
+        thin = [replace(one, truth=share * one.truth) for one in slices]
+        assert (learn_looks(thin) is not None) == looks
+
+
 def test_who_did_not_know_a_label_says_nothing_of_it() -> None:
     both = slices_of(1, 16, labels=("lesion", "polyp"))
     ignorant = [
