@@ -92,7 +92,8 @@ class ReferenceEngine:
         self._window = window
         self._axis = axis
         self._batch = batch
-        self._study_lock = threading.Lock()
+        self._placing, self._study_lock = threading.Lock(), threading.Lock()
+        self._place: tuple[tuple[Path, BankVersion], Study] | None = None
         self._studied: tuple[tuple[Path, BankVersion], Study] | None = None
         self._learning = threading.Lock()  # held by who learns a study behind the requests
 
@@ -153,29 +154,45 @@ class ReferenceEngine:
 
         Args:
             bank: of the study.
-            wait: if not, what its labels said a moment ago is good enough, and what they say now is
-                learned behind the answer. Somebody who has just submitted a label wants the next
-                mask, and one label more says little else of how to segment.
+            wait: for how labels look, which takes seconds. If not, what was known of them a moment
+                ago is good enough, or nothing, and is learned behind the answer: somebody who has
+                just submitted a label wants the next mask.
         """
         known = self._studied
-        if not wait and known is not None and known[0][0] == bank.folder:
-            if known[0][1] != bank.version:
-                self._study_soon(bank)
+        if known is not None and known[0] == (bank.folder, bank.version):
             return known[1]
-        with self._study_lock:
-            version = bank.version
-            if self._studied is None or self._studied[0] != (bank.folder, version):
+        if wait:
+            return self._learned(bank)
+        self._study_soon(bank)
+        return known[1] if known is not None and known[0][0] == bank.folder else self._placed(bank)
+
+    def _placed(self, bank: MemoryBank) -> Study:
+        """All but how labels look."""
+        with self._placing:
+            now = bank.folder, bank.version
+            if self._place is None or self._place[0] != now:
                 learned = replace(
                     self.segmenter.study_of(examples_of(bank)),
                     shapes={name: usual_shape(seen) for name, seen in bank.shapes().items()},
                 )
-                self._studied = (bank.folder, version), learned
+                self._place = now, learned
                 logger.info(
-                    "the labels say: place counts %g times as much%s%s",
+                    "the labels say: place counts %g times as much%s",
                     learned.place,
                     ", after references are aligned" if learned.aligned else "",
-                    "; they have looks of their own" if learned.looks is not None else "",
                 )
+            return self._place[1]
+
+    def _learned(self, bank: MemoryBank) -> Study:
+        """All of it."""
+        with self._study_lock:
+            now = bank.folder, bank.version
+            if self._studied is None or self._studied[0] != now:
+                learned = self.segmenter.looks_of(examples_of(bank), self._placed(bank))
+                self._studied = now, learned
+                if learned.looks is not None:
+                    told = ", ".join(learned.looks.corrected)
+                    logger.info("the labels say how these look: %s", told)
             return self._studied[1]
 
     def _study_soon(self, bank: MemoryBank) -> None:
@@ -183,7 +200,7 @@ class ReferenceEngine:
 
         def learn() -> None:
             try:
-                self.study(bank)
+                self._learned(bank)
             except RefSegError as error:  # the next request tries again
                 logger.warning("what the labels say cannot be learned now: %s", error)
             except Exception:

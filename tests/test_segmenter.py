@@ -29,6 +29,7 @@ from lib.types import (
     Looks,
     Memory,
     Prediction,
+    Shape,
     Study,
 )
 
@@ -58,6 +59,9 @@ class Averager:
 
     def study_of(self, examples: Iterable[Example]) -> Study:
         return Study()
+
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+        return study
 
     def segment(
         self,
@@ -433,24 +437,30 @@ def test_the_study_is_learned_once_for_each_state_of_the_labels(tmp_path: Path) 
     assert {study.place for study in surveyor.studies} == {2.0, 3.0}
 
 
+def gain_of(study: Study) -> float:
+    return float(study.looks.correction.gain) if study.looks is not None else 0.0
+
+
 class Ponderer(Surveyor):
-    """Learns a study only when it may."""
+    """Learns looks only when it may; their gain tells how often it did."""
 
     def __init__(self) -> None:
         super().__init__()
         self.may = threading.Event()
         self.fails = False
+        self.pondered = 0
 
-    def study_of(self, examples: Iterable[Example]) -> Study:
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+        assert list(examples)
         assert self.may.wait(20)
         if self.fails:
             raise MemoryStoreError("it was removed")
-        return super().study_of(examples)
+        self.pondered += 1
+        gain = Correction(torch.ones(1, 1), torch.tensor([float(self.pondered)]), torch.zeros(1))
+        return replace(study, looks=Looks(("liver",), gain))
 
 
-def test_who_has_just_submitted_a_label_does_not_wait_for_what_it_says_of_the_study(
-    tmp_path: Path,
-) -> None:
+def test_who_wants_a_mask_does_not_wait_for_how_labels_look(tmp_path: Path) -> None:
     studio = Studio(tmp_path, Ponderer())
     ponderer = studio.averager
     assert isinstance(ponderer, Ponderer)
@@ -458,9 +468,10 @@ def test_who_has_just_submitted_a_label_does_not_wait_for_what_it_says_of_the_st
         studio.label(name, annotate(2), n)
     query = read_image(studio.image("query", 9))
 
-    def place() -> float:
+    def told(*, wait: bool = False) -> tuple[float, float]:
         studio.bank.sync(studio.labelled)
-        return studio.engine.segment(query, studio.bank, wait=False).study.place
+        study = studio.engine.segment(query, studio.bank, wait=wait).study
+        return study.place, gain_of(study)
 
     def learned() -> None:
         end = time.monotonic() + 20
@@ -468,37 +479,39 @@ def test_who_has_just_submitted_a_label_does_not_wait_for_what_it_says_of_the_st
             assert time.monotonic() < end
             time.sleep(0.01)
 
+    assert told() == (2, 0)  # nothing is known of looks yet
     ponderer.may.set()
-    assert place() == 2.0  # there is none yet: this one waits
+    learned()
+    assert told() == (2, 1)
     ponderer.may.clear()
     studio.label("d", annotate(3), 4)
-    assert [place(), place()] == [2.0, 2.0]
+    assert [told(), told()] == [(2, 1), (2, 1)]
     ponderer.may.set()
     learned()
-    assert place() == 3.0
-    assert len(ponderer.examples) == 2  # two asked, one learned
+    assert told() == (3, 2)
+    assert len(ponderer.examples) == ponderer.pondered == 2  # two asked, one learned
     ponderer.fails = True
     studio.label("e", annotate(3), 5)
-    assert place() == 3.0
+    assert told() == (3, 2)
     learned()
     ponderer.fails = False
-    assert place() == 3.0  # it is tried again
+    assert told() == (3, 2)  # it is tried again
     learned()
-    assert place() == 4.0
+    assert told() == (4, 3)
+    studio.label("f", annotate(3), 6)
+    assert told(wait=True) == (5, 4)
 
 
 class Painter(Surveyor):
     """Says of looks that liver counts double, or threefold where image a is not to be known."""
 
-    def study_of(self, examples: Iterable[Example]) -> Study:
-        kept = list(examples)
-        self.examples.append(kept)
-        assert {one.labels for one in kept} <= {("liver",), ("liver", "spleen")}
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+        assert {one.labels for one in examples} <= {("liver",), ("liver", "spleen")}
         twice, thrice = (
             Correction(torch.ones(1, 1), torch.tensor([gain]), torch.zeros(1))
             for gain in (2.0, 3.0)
         )
-        return Study(looks=Looks(("liver",), twice, {"a": thrice}))
+        return replace(study, looks=Looks(("liver",), twice, {"a": thrice}))
 
 
 def test_looks_are_those_of_the_labels_at_hand_and_not_of_the_image_left_out(
@@ -536,3 +549,59 @@ def test_looks_are_those_of_the_labels_at_hand_and_not_of_the_image_left_out(
     assert gains(studio.labelled[1].image_path, studio.labelled[1], own_labels=False) == {
         (("liver", "spleen"), (2.0, 1.0))
     }
+
+
+def test_what_is_always_drawn_in_one_piece_is_found_in_one_piece(studio: Studio) -> None:
+    def left(values: np.ndarray) -> None:
+        values[2:8, 3:9, 2] = 1
+
+    def right(values: np.ndarray) -> None:
+        values[10:15, 3:9, 2] = 1
+
+    def both(values: np.ndarray) -> None:
+        left(values)
+        right(values)
+
+    def long(values: np.ndarray) -> None:
+        values[2:15, 3:9, 2] = 1
+
+    def rows(draws: Sequence[Callable[[np.ndarray], None]]) -> tuple[Segmentation, int]:
+        for draw in draws:
+            name = f"case {len(studio.labelled)}"
+            studio.label(name, draw, len(studio.labelled))
+        found = studio.segment(studio.image("query", 99), ["liver"])
+        return found, int(found.label_map.any((1, 2)).sum())
+
+    found, wide = rows([left, right, long])
+    assert wide == 6 + 5  # three labels say nothing yet
+    found, wide = rows([left, right])
+    assert found.study.shapes["liver"] == Shape(1, closed=True)
+    assert wide == 6
+    found, wide = rows([both])
+    assert found.study.shapes["liver"].pieces == 2
+    assert wide == 6 + 5
+
+
+def test_what_lies_between_own_slices_follows_their_contours(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A square that widens; the references alone paint a mean of all own slices."""
+
+    def squares(values: np.ndarray, slices: Sequence[int]) -> None:
+        for index in slices:
+            reach = 2 + index
+            values[8 - reach : 8 + reach, 8 - reach : 8 + reach, index] = 1
+
+    own = studio.label("query", lambda v: squares(v, (0, 2, 4)), seed=2)
+    image = read_image(own.image_path)
+    truth = np.zeros(SHAPE, np.int32)
+    squares(truth, (1, 3))
+
+    def dice() -> float:
+        found = on_file_grid(studio.segment(own.image_path, own=own, k=3), image)[..., [1, 3]] == 1
+        drawn = truth[..., [1, 3]] == 1
+        return float(2 * (found & drawn).sum() / (found.sum() + drawn.sum()))
+
+    assert dice() > 0.88
+    monkeypatch.setattr("lib.segmenter._contours", lambda *_: None)
+    assert dice() < 0.85

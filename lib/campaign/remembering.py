@@ -85,6 +85,10 @@ class RememberingSegmenter:
         """See `ReferenceSegmenter.study_of`."""
         return self._segmenter.study_of(examples)
 
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+        """See `ReferenceSegmenter.looks_of`."""
+        return self._segmenter.looks_of(examples, study)
+
     def segment(
         self,
         query: Features,

@@ -203,7 +203,10 @@ class MemoryBank:
         return self._with_view(lambda view: view.sample(count))
 
     def spread(self, count: int) -> list[SliceKey]:
-        """The references of `sample`, then others of the same images, evenly, `count` at most."""
+        """`count` references at most: as `sample`, then others of these images, and of empty ones.
+
+        Of volumes the others are as many, evenly spread; slices that show nothing are among them.
+        """
         return self._with_view(lambda view: view.spread(count))
 
     def own_slices(self, image_id: str) -> list[SliceKey]:

@@ -128,9 +128,7 @@ class View:
 
     def sample(self, count: int) -> list[SliceKey]:
         """See `MemoryBank.sample`."""
-        drawn = heapq.nsmallest(
-            _LOOKED_AT * count, self._by_image, key=lambda one: (crc32(one.encode()), one)
-        )
+        drawn = heapq.nsmallest(_LOOKED_AT * count, self._by_image, key=_draw)
         found = []
         for image_id in drawn:
             ids = self._by_image[image_id]
@@ -142,12 +140,22 @@ class View:
     def spread(self, count: int) -> list[SliceKey]:
         """See `MemoryBank.spread`."""
         found = self.sample(count)
-        each = (count - len(found)) // max(1, len(found))
+        if any(len(self._by_image[key.image_id]) > 1 for key in found):
+            found = found[: max(1, count // 2)]
+        images = heapq.nsmallest(count, self._by_image, key=_draw)
+        blank = [image for image in images if not self._shows(image)][: count // 4]
+        found = found[: max(1, count - len(blank))]
+        each = (count - len(found) - len(blank)) // max(1, len(found))
         for first in list(found):
             others = [key for key in self.keys_of(first.image_id) if key != first]
             taken = min(each, len(others))
             found += [others[int((n + 0.5) * len(others) / taken)] for n in range(taken)]
-        return found
+        slices = [self.keys_of(image) for image in blank]
+        return found + [keys[len(keys) // 2] for keys in slices if keys]
+
+    def _shows(self, image_id: str) -> bool:
+        numbers = self._by_image[image_id].values()
+        return any(self._entries[number].stored.present for number in numbers)
 
     def find(self, key: SliceKey) -> Entry | None:
         """A reference, also one that was dropped a moment ago: its file is still there."""
@@ -321,6 +329,11 @@ class View:
             if all(number not in show or others & show for show in shows.values()):
                 return place
         return None
+
+
+def _draw(image_id: str) -> tuple[int, str]:
+    """A lot that is the same whatever other images there are."""
+    return crc32(image_id.encode()), image_id
 
 
 def embedding_matrix(entries: Sequence[Entry]) -> npt.NDArray[np.float32]:

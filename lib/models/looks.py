@@ -1,7 +1,7 @@
 """How the labels of a study look, whatever references say: learned from labelled slices left out.
 
 The network compares; it does not know that what is labelled here is always bright, or never of that
-texture. That is in its descriptors, and a linear model finds it in a second. What the references
+texture. That is in its descriptors, and a linear model finds it in seconds. What the references
 say of a slice is one of its inputs, so that it learns what to add to it, and how far to believe
 it (stacked generalization, Wolpert 1992): for each label and cell
 
@@ -126,12 +126,14 @@ def learn_looks(slices: Sequence[LeftOut]) -> Looks | None:
     best, helps = _chosen(slices, labels, losses)
     if not bool(helps.any()):
         return None
-    strengths = torch.tensor(PENALTIES)[best]
-    whole = _fit(nothing, cells, strengths * penalty[:, None])
+    whole, model = [], nothing
+    for strength in PENALTIES:
+        model = _fit(model, cells, strength * penalty[:, None])
+        whole.append(model)
     without = [_correction(_picked(models, best), mean, basis, helps) for models in by_fold]
     return Looks(
         labels,
-        _correction(whole, mean, basis, helps),
+        _correction(_picked(whole, best), mean, basis, helps),
         {image: without[fold_of[image]] for image in images},
     )
 
@@ -284,6 +286,6 @@ def _correction(model: _Model, mean: Tensor, basis: Tensor, helps: Tensor) -> Co
     offset = model.offset - weights @ mean
     return Correction(
         weights * helps[:, None],
-        torch.where(helps, model.gain, 1.0),
+        torch.where(helps, model.gain.clamp_min(0), 1.0),
         torch.where(helps, offset, 0.0),
     )

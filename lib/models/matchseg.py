@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -20,10 +21,12 @@ from lib.durable import publish, stage
 from lib.errors import RefSegError, WeightsError
 from lib.models.alignment import displacements
 from lib.models.devices import in_batches, is_out_of_memory
-from lib.models.looks import FEWEST_IMAGES, LeftOut, corrected, learn_looks
+from lib.models.looks import LeftOut, corrected, learn_looks
 from lib.models.network import FINE2, FINE4, Encoded, MatchSegNet, NetworkConfig, Remembered
 from lib.models.protocol import AS_TRAINED
 from lib.types import Example, Features, FloatArray, Memory, Prediction, Study
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent / "bundled" / "matchseg.safetensors"
 THUMBNAIL = 16  # side of the small grey picture in the embedding
@@ -221,26 +224,15 @@ class MatchSegSegmenter:
         return Memory(image=image.half(), labels=torch.cat(rows, 1).half().cpu())
 
     def study_of(self, examples: Iterable[Example]) -> Study:
-        """See `ReferenceSegmenter.study_of`: the use of place, then how labels look."""
-        found = list(examples)
-        first: dict[str, Example] = {}
-        for example in found:
-            first.setdefault(example.image_id, example)
-        study = self._placement(list(first.values())[:MOST_PLACED])
-        if not self._learns_looks or len(first) < FEWEST_IMAGES:
-            return study
-        return replace(study, looks=learn_looks([self._left_out(one, study) for one in found]))
-
-    def _placement(self, examples: Sequence[Example]) -> Study:
-        """The use of place by which references vote best.
+        """See `ReferenceSegmenter.study_of`: the use of place by which references vote best.
 
         Another weight than in training's is taken where the votes for labelled slices, each left
         out in turn, are better by it: on average, and by more than half the standard error of that.
         Three slices may move it one step only, two may agree by chance. Where place counts for more
         than in training, references are aligned if the votes are better by that, too.
         """
-        shown = [one for example in examples if (one := self._shown(example)) is not None]
-        found = [self._vote_losses(example) for example in shown]
+        shown = (self._shown(example) for example in _one_of_each(examples, MOST_PLACED))
+        found = [self._vote_losses(example) for example in shown if example is not None]
         found = [one for one in found if bool(one.losses.isfinite().all())]
         if len(found) < FEWEST:
             return Study()
@@ -259,6 +251,23 @@ class MatchSegSegmenter:
         place, aligned = PLACEMENTS[best]
         return Study(place, aligned, REACH * max(one.distance for one in found))
 
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+        """See `ReferenceSegmenter.looks_of`, and `looks.py`."""
+        if not self._learns_looks:
+            return study
+        try:
+            slices = [self._left_out(one, study) for one in examples]
+            looks = learn_looks([one for one, _ in slices])
+        except RuntimeError as error:  # a request may find room where all labels at once did not
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("how labels look cannot be learned: %s", error)
+            return study
+        if looks is None:
+            return study
+        reach = study.reach or REACH * max(distance for _, distance in slices)
+        return replace(study, looks=looks, reach=reach)
+
     def _shown(self, example: Example) -> Example | None:
         """The labels that are on the slice."""
         cells = (self.size // COARSE) ** 2
@@ -274,28 +283,32 @@ class MatchSegSegmenter:
         )
 
     @torch.inference_mode()
-    def _left_out(self, example: Example, study: Study) -> LeftOut:
-        """A labelled slice as its references segment it, cell by cell."""
+    def _left_out(self, example: Example, study: Study) -> tuple[LeftOut, float]:
+        """A labelled slice as its references segment it, cell by cell; its distance to them."""
         side = self.size // COARSE
         cells = side**2
+        similarity = self._similarity(example.references, _embedding(example.memory, cells))
+        if not _within(similarity, study.reach):
+            study = AS_TRAINED
         mark = _mark(example, study, cells)
         with self._answers_lock:
             scores = self._answers.pop(mark, None)
         if scores is None:
-            query = self._as_query(example.memory)
-            found = self._segment(query, example.references, example.known, study)
+            query, told = self._as_query(example.memory), Study(study.place, study.aligned)
+            found = self._segment(query, example.references, example.known, told)
             scores = F.adaptive_avg_pool2d(found.scores, side).flatten(1).T.half()
         with self._answers_lock:
             self._answers[mark] = scores
             while len(self._answers) > ANSWERS_KEPT:
                 self._answers.popitem(last=False)
-        return LeftOut(
+        left = LeftOut(
             example.image_id,
             example.labels,
             example.memory.image[:cells],
             scores,
             example.memory.labels[:, :cells].T,
         )
+        return left, _distance(similarity)
 
     def _as_query(self, memory: Memory) -> Features:
         """What `encode` made, as far as a memory has it: fine maps are smooth."""
@@ -368,7 +381,7 @@ class MatchSegSegmenter:
             )
             raise ValueError(msg)
         if not _within(similarity, study.reach):
-            study = AS_TRAINED
+            study, looks = AS_TRAINED, None
         moves = _moves(query.maps[0], memory, known)[None] if study.aligned else None
         output = self._net.segment(
             _batch(query),
@@ -444,6 +457,17 @@ class BundledEmbedder:
         return rows
 
 
+def _one_of_each(examples: Iterable[Example], most: int) -> Iterator[Example]:
+    """The first example of each image, of so many images at most; looks no further."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.image_id not in seen:
+            seen.add(example.image_id)
+            yield example
+        if len(seen) == most:
+            return
+
+
 def _distance(similarity: Tensor) -> float:
     """Mean 1 - cosine of a picture and its nearest references."""
     return float(1 - similarity.topk(min(NEAREST, len(similarity))).values.mean())
@@ -504,7 +528,7 @@ def _finer(coarse: Tensor, side: int) -> Tensor:
 def _mark(example: Example, study: Study, cells: int) -> bytes:
     """Of all that decides how others segment a slice: pictures by their embeddings."""
     digest = blake2b(digest_size=16)
-    digest.update(repr((example.labels, study.place, study.aligned, study.reach)).encode())
+    digest.update(repr((example.labels, study.place, study.aligned)).encode())
     digest.update(example.known.numpy().tobytes())
     for memory in (example.memory, *example.references):
         digest.update(_embedding(memory, cells).numpy().tobytes())

@@ -42,6 +42,13 @@ class ReferenceSegmenter(Protocol):
         """
         ...
 
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+        """That study with what labelled slices say of how labels look; seconds, from memories.
+
+        A segmenter that learns no looks answers the study as it is, and looks at no example.
+        """
+        ...
+
     def segment(
         self,
         query: Features,

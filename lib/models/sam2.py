@@ -196,6 +196,10 @@ class Sam2Segmenter:
         """See `ReferenceSegmenter.study_of`: SAM 2 has nothing to choose."""
         return Study()
 
+    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:  # noqa: ARG002
+        """See `ReferenceSegmenter.looks_of`: SAM 2 learns none."""
+        return study
+
     @torch.inference_mode()
     def segment(
         self,

@@ -306,9 +306,10 @@ def test_a_sample_takes_of_each_image_a_slice_that_shows_most_labels(make_bank, 
         assert len(held[key].present) == most > 0
     assert bank.sample(count + 1)[:count] == drawn  # a larger sample goes on where this ended
     more = bank.spread(count)
-    assert more[: len(drawn)] == drawn
-    assert len(set(more)) == len(more) <= count
-    assert {key.image_id for key in more} == {key.image_id for key in drawn}
+    assert len(set(more)) == len(more) <= max(count, 1)
+    assert bool(more) == bool(drawn)
+    for key in more[: len({one.image_id for one in more} & showing)]:
+        assert key in drawn  # first a slice of each
     for example in examples_of(bank):
         assert example.image_id in images
         assert len(example.labels) == len(example.memory.labels)

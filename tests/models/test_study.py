@@ -226,9 +226,10 @@ def test_looks_are_learned_where_references_do_not_say_enough(
     seen = [mottled(rng) for _ in range(12)]
     memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
     examples = left_out(memories)
-    study = segmenter.study_of(examples)
+    study = segmenter.looks_of(examples, segmenter.study_of(examples))
     assert study.looks is not None
     assert study.looks.corrected == ("label 0",)
+    assert study.reach is not None
     known = torch.ones(12, 1, dtype=torch.bool)
 
     def dice(study: Study) -> float:
@@ -247,13 +248,13 @@ def test_looks_are_learned_where_references_do_not_say_enough(
         raise AssertionError("it was segmented a second time")
 
     monkeypatch.setattr(segmenter, "_segment", refuse)
-    again = segmenter.study_of(examples)  # nothing has changed
+    again = segmenter.looks_of(examples, study)  # nothing has changed
     assert again.looks is not None
     assert torch.equal(again.looks.correction.weights, study.looks.correction.weights)
     fewer = [*examples[:-1], replace(examples[-1], references=examples[-1].references[1:],
                                      known=known[:10])]  # fmt: skip
     with pytest.raises(AssertionError, match="a second time"):
-        segmenter.study_of(fewer)
+        segmenter.looks_of(fewer, study)
 
 
 def test_a_network_that_was_trained_on_the_labels_learns_no_looks_of_them(
@@ -264,8 +265,50 @@ def test_a_network_that_was_trained_on_the_labels_learns_no_looks_of_them(
     memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
     own = MatchSegSegmenter(segmenter._net, digest=segmenter.digest, device="cpu")
     study = own.study_of(left_out(memories))
-    assert study.looks is None
+    assert own.looks_of(left_out(memories), study) is study
     assert study.place == segmenter.study_of(left_out(memories)).place
+
+
+def test_a_full_device_learns_no_looks_and_segments_all_the_same(
+    segmenter: MatchSegSegmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(4)
+    seen = [mottled(rng) for _ in range(7)]
+    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    examples = left_out(memories)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(segmenter, "_segment", full)
+    study = Study(4.0)
+    assert segmenter.looks_of(examples, study) is study
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(segmenter, "_segment", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        segmenter.looks_of(examples, study)
+
+
+def test_a_query_unlike_all_labelled_slices_is_not_corrected(
+    segmenter: MatchSegSegmenter,
+) -> None:
+    rng = np.random.default_rng(3)
+    seen = [mottled(rng) for _ in range(3)]
+    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    known = torch.ones(3, 1, dtype=torch.bool)
+    channels = memories[0].image.shape[1]
+    more = Correction(torch.zeros(1, channels), torch.ones(1), torch.full((1,), 2.0))
+    stripes = np.zeros((SIDE, SIDE), np.float32)
+    stripes[::6] = stripes[1::6] = 1.0
+    for image, added in ((mottled(rng)[0], 2.0), (stripes, 0.0)):
+        query = segmenter.encode([image])[0]
+        looks = Study(reach=0.6, looks=Looks(("label 0",), more))
+        found = segmenter.segment(query, memories, known, looks).scores
+        plain = segmenter.segment(query, memories, known).scores
+        assert torch.allclose(found, plain + added, atol=1e-4)
 
 
 def test_looks_of_other_labels_than_those_segmented_are_refused(

@@ -203,14 +203,13 @@ def _begin(job: SiteJob, device: torch.device) -> _State:
         except Exception as error:  # noqa: BLE001 - a damaged file is as good as none
             logger.warning("the checkpoint cannot be read (%s); training starts anew", error)
             saved = {}
-        if saved.get("mark") == job.mark and all(
-            (job.folder / name).exists() for name in (BEST, LAST)
-        ):
+        if saved.get("mark") == job.mark and (job.folder / BEST).exists():
             net.load_state_dict(saved["net"])
             state.averaged.load_state_dict(saved["averaged"])
             optimizer.load_state_dict(saved["optimizer"])
             state.epoch, state.spent = int(saved["epoch"]), float(saved["spent"])
             state.best, state.best_epoch = float(saved["best"]), int(saved["best_epoch"])
+            save_weights(state.averaged, job.folder / LAST)  # versions before this kept none
             logger.info("going on after epoch %d", state.epoch)
         elif saved:
             logger.info("labels or options are others than the checkpoint's: training starts anew")
