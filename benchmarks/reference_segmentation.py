@@ -46,7 +46,7 @@ HEADER = (
 class AsTrained(ReferenceEngine):
     """Segments every study in the same way."""
 
-    def study(self, bank: MemoryBank) -> Study:  # noqa: ARG002
+    def study(self, bank: MemoryBank, *, wait: bool = True) -> Study:  # noqa: ARG002
         """Whatever the labels say."""
         return Study()
 
