@@ -158,7 +158,7 @@ def fit(
 
 
 def refit(fitted: Fitted, options: TrainOptions) -> Path:
-    """Go on from there with all cases, then back towards the start as far as was best before.
+    """Go on from there with all cases, then back towards the start as far as the first went.
 
     Labels are few, and a fifth of them is much to do without. It takes at most as many epochs as
     the first training took in all, within its half of the minutes; the first one's rate has fallen

@@ -76,7 +76,7 @@ class SiteJob:
         start: weights to begin with; None: new ones of this size of network.
         config: of the network.
         training: cases to learn from.
-        validation: cases to measure on; none: the last weights are the best.
+        validation: cases to measure on; none: `BEST` are the last weights.
         unlabelled: file of `pack_unlabelled`.
         plan: how.
         settings: options of retrieval, and of how images were cut.
@@ -118,7 +118,7 @@ class _State:
 
 
 def train_site(ranks: Ranks, job: SiteJob) -> None:
-    """Train until the epochs, the minutes or the patience end; `BEST` and its progress tell.
+    """Train until the epochs, the minutes or the patience end; `BEST` and `LAST` are what it made.
 
     Raises:
         TrainingError: the disk is full, or the GPU has no room for the smallest episode.

@@ -171,7 +171,11 @@ def _card(fitted: Fitted, options: TrainOptions, before: float, end: Reached) ->
         validation=tuple(case.image_id for case in job.validation),
         epochs=end.epochs,
         seconds=round(end.seconds, 1),
-        options={**asdict(options.plan), "trained_share": fitted.trained_share},
+        options={
+            **asdict(options.plan),
+            "trained_share": fitted.trained_share,
+            "trained_from": fitted.trained.stem,
+        },
     )
 
 
