@@ -154,9 +154,9 @@ class ReferenceEngine:
 
         Args:
             bank: of the study.
-            wait: for how labels look, which takes seconds. If not, what was known of them a moment
-                ago is good enough, or nothing, and is learned behind the answer: somebody who has
-                just submitted a label wants the next mask.
+            wait: for how labels look, which takes seconds. If not, what was known of that a moment
+                ago is good enough, or nothing, and it is learned behind the answer: somebody who
+                has just submitted a label wants the next mask.
         """
         known = self._studied
         if known is not None and known[0] == (bank.folder, bank.version):
@@ -164,7 +164,10 @@ class ReferenceEngine:
         if wait:
             return self._learned(bank)
         self._study_soon(bank)
-        return known[1] if known is not None and known[0][0] == bank.folder else self._placed(bank)
+        placed = self._placed(bank)
+        if known is None or known[0][0] != bank.folder or known[1].looks is None:
+            return placed
+        return replace(placed, looks=known[1].looks, reach=placed.reach or known[1].reach)
 
     def _placed(self, bank: MemoryBank) -> Study:
         """All but how labels look."""
