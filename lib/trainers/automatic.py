@@ -141,7 +141,7 @@ class AutomaticTraining:
         finally:
             self._following.release()
         ended = read_outcome(self._room)
-        if ended is not None and not ended.failed:
+        if ended is not None and ended.done:
             self._look()
 
     def _watch(self, task: Mapping[str, str], start: _Start) -> None:

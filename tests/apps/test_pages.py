@@ -459,6 +459,7 @@ def test_a_trainings_progress_is_told(ours: ServeProcess) -> None:
     page = get(ours, "status").text
     assert "Not running" in page
     assert "was ended before it was done" in page
+    assert "failed" not in page
     outcome.write_text(json.dumps({**under_way, "message": "The disk is full.", "failed": True}))
     page = get(ours, "status").text
     assert "The last training failed: The disk is full." in page

@@ -311,8 +311,10 @@ def test_a_training_starts_by_itself_when_enough_is_labelled_and_lets_others_fir
         server.stop()
 
 
-def test_labels_saved_during_a_training_start_the_next_when_it_has_ended(tmp_path: Path) -> None:
-    studies = pictures(tmp_path, 10)
+def test_labels_saved_during_a_training_start_the_next_when_it_has_ended_well(
+    tmp_path: Path,
+) -> None:
+    studies = pictures(tmp_path, 15)
     models = tmp_path / "models"
     server = Server(tmp_path, studies, {"site_models": str(models), "train_after": "5"}).start()
     try:
@@ -330,6 +332,13 @@ def test_labels_saved_during_a_training_start_the_next_when_it_has_ended(tmp_pat
         _wait_for(lambda: _images(room) == 9)
         first, second = server.get("/train/?all=true").json()
         assert (first["status"], second["status"]) == ("DONE", "RUNNING")
+        for seed in range(9, 14):
+            submit(site, f"p{seed}", seed, tmp_path)
+        assert is_training(room)
+        assert requests.delete(f"{server.url}/train/", timeout=60).ok
+        _wait_for(lambda: not is_training(room))
+        time.sleep(3)
+        assert len(server.get("/train/?all=true").json()) == 2
     finally:
         server.stop()
 

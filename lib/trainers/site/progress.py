@@ -65,15 +65,17 @@ class Outcome:
 
     Attributes:
         message: in a sentence; empty while it runs.
-        failed: it ended by an error, or was ended.
+        failed: it ended by an error.
         running: it has not ended: images are read, epochs trained, or networks measured.
         process: `identity` of the one that trains or trained.
+        done: it came to its own end, whatever that was worth.
     """
 
     message: str
     failed: bool
     running: bool
     process: str
+    done: bool
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,10 @@ def read_outcome(folder: Path) -> Outcome | None:
         message, failed = str(told["message"]), bool(told["failed"])
         process = str(told.get("process", ""))
         running = not message and is_alive(process)
+        done = bool(message) and not failed
         if not message and not running:
-            message, failed = "The last training was ended before it was done.", True
-        return Outcome(message, failed, running, process)
+            message = "The last training was ended before it was done."
+        return Outcome(message, failed, running, process, done)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
