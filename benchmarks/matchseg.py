@@ -51,13 +51,12 @@ KINDS = ("unet", "dynunet")
 METHODS = ("matchseg", "matchseg-all", "matchseg-scratch", "unet", "dynunet", "refseg")
 AVERAGE = "matchseg + bundled"  # their mean, as by --conf site_average true
 TRAINED = "as trained"  # older rows: without the way back to the bundled weights
-AGAIN = "matchseg-all, full rate"  # older rows: the second half began at the full rate again
-CAREFUL = "matchseg, careful"  # older rows: as near to the bundled weights as could be right
+CAREFUL = "careful"  # older rows: as near to the bundled weights as could be right
 COLUMNS = {  # by method and recipe
     ("matchseg", None): TRAINED,
-    ("matchseg", 3): CAREFUL,
-    ("matchseg-all", 4): AGAIN,
-    ("matchseg-all", 5): f"matchseg-all{CAREFUL[8:]}",
+    ("matchseg", 3): f"matchseg, {CAREFUL}",
+    ("matchseg-all", 4): "matchseg-all, full rate",  # the second half began at the full rate again
+    ("matchseg-all", 5): f"matchseg-all, {CAREFUL}",
     ("refseg", None): "refseg, no looks",
 }
 RECIPE = {  # rows of another one are not those that are asked for
@@ -395,7 +394,8 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                 one = Line(_what(row, where), row["labels"], minutes)
                 column = COLUMNS.get((row["method"], row.get("recipe")), row["method"])
                 figures[one, column].append(100 * found["dice"])
-            average = "tests_average" if row["method"] == "matchseg" else ""
+            now = row["method"] == "matchseg" and row.get("recipe") == RECIPE["matchseg"]
+            average = "tests_average" if now else ""
             for key, column in ((average, AVERAGE), ("tests_trained", TRAINED)):
                 for where, found in row.get(key, {}).items():
                     one = Line(_what(row, where), row["labels"], minutes)
@@ -467,7 +467,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _lead(figures: dict[tuple[Line, str], list[float]], one: Line) -> str:
-    own = figures.get((one, "matchseg")) or figures.get((one, CAREFUL))
+    own = figures.get((one, "matchseg")) or figures.get((one, f"matchseg, {CAREFUL}"))
     nets = [
         float(np.mean(values))
         for (where, method), values in figures.items()
