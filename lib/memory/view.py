@@ -19,6 +19,7 @@ from lib.types import FloatArray, Match, Shape, SliceKey
 _GONE_KEPT = 20_000
 _TIES_LOOKED_AT = 8
 _LOOKED_AT = 4  # images for each that is drawn: some show no label
+_GOLDEN = 0.618034  # its multiples, less whole numbers, are never close to one another
 
 Found = list[tuple[int, float]]
 
@@ -140,18 +141,23 @@ class View:
     def spread(self, count: int) -> list[SliceKey]:
         """See `MemoryBank.spread`."""
         found = self.sample(count)
-        if any(len(self._by_image[key.image_id]) > 1 for key in found):
-            found = found[: max(1, count // 2)]
+        if not found:
+            return []
         images = heapq.nsmallest(count, self._by_image, key=_draw)
-        blank = [image for image in images if not self._shows(image)][: count // 4]
-        found = found[: max(1, count - len(blank))]
-        each = (count - len(found) - len(blank)) // max(1, len(found))
-        for first in list(found):
+        blank = [image for image in images if self._by_image[image] and not self._shows(image)]
+        blank = blank[: count // 4]
+        left = max(1, count - len(blank))
+        if any(len(self._by_image[key.image_id]) > 1 for key in found):
+            found = found[: max(1, left // 2)]
+        found = found[:left]
+        each = (left - len(found)) // len(found)
+        for number, first in enumerate(list(found)):
             others = [key for key in self.keys_of(first.image_id) if key != first]
             taken = min(each, len(others))
-            found += [others[int((n + 0.5) * len(others) / taken)] for n in range(taken)]
+            phase = (0.5 + _GOLDEN * number) % 1  # of one slice a volume: not always the middle one
+            found += [others[int((n + phase) * len(others) / taken)] for n in range(taken)]
         slices = [self.keys_of(image) for image in blank]
-        return found + [keys[len(keys) // 2] for keys in slices if keys]
+        return found + [keys[len(keys) // 2] for keys in slices]
 
     def _shows(self, image_id: str) -> bool:
         numbers = self._by_image[image_id].values()

@@ -317,3 +317,36 @@ def test_a_sample_takes_of_each_image_a_slice_that_shows_most_labels(make_bank, 
         assert len(example.memory.labels) == example.known.shape[1] > 0
         assert all(len(one.labels) == example.known.shape[1] for one in example.references)
         assert len(example.references) == len(example.known) > 0
+
+
+def test_slices_are_spread_over_volumes_and_some_show_nothing(make_bank) -> None:
+    rng = np.random.default_rng(0)
+
+    def slices(shown: range, count: int = 20) -> list:
+        return [
+            (n, rng.standard_normal(SIZE).astype(np.float32), {"liver"} if n in shown else set(),
+             set() if n in shown else {"liver"})
+            for n in range(count)
+        ]  # fmt: skip
+
+    volumes = {f"v{number:02d}": slices(range(8, 12)) for number in range(30)}
+    healthy = {f"w{number:02d}": slices(range(0)) for number in range(10)}
+    bank, held = make_bank(volumes | healthy)
+    drawn = bank.spread(48)
+    assert len(set(drawn)) == len(drawn) <= 48
+    empty = [key for key in drawn if not held[key].present]
+    in_volumes = [key for key in empty if key.image_id.startswith("v")]
+    assert len({key.image_id for key in drawn if key.image_id.startswith("v")}) == 19
+    assert len(in_volumes) >= 8  # of the 19 that are not the one that shows most
+    assert len(empty) - len(in_volumes) == 10
+    for key in empty:
+        if key not in in_volumes:
+            assert key.index == 10  # of a healthy one, the middle
+    bank, held = make_bank({"a": slices(range(8, 12)), "b": slices(range(8, 12))})
+    drawn = bank.spread(8)
+    assert [sum(key.image_id == name for key in drawn) for name in "ab"] == [4, 4]
+    assert {len(held[key].present) for key in drawn} == {0, 1}
+    assert max(key.index for key in drawn) - min(key.index for key in drawn) > 10
+    pictures = {f"p{number}": slices(range(1), 1) for number in range(60)}
+    assert len(make_bank(pictures)[0].spread(48)) == 48
+    assert make_bank(healthy)[0].spread(48) == []
