@@ -143,6 +143,8 @@ class MatchSegSegmenter:
         self._answers_lock = threading.Lock()
         self.digest = digest
         self.fingerprint = f"matchseg-v{VERSION}-{digest[:16]}-{self.size}"
+        if not learns_looks:  # its memories hold less
+            self.fingerprint += "-plain"
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._net = net.to(self._device).eval()
         self._encode_batch = ENCODE_BATCH
@@ -199,8 +201,8 @@ class MatchSegSegmenter:
     def remember(self, features: Features, masks: Tensor) -> Memory:
         """See `ReferenceSegmenter.remember`. Half precision; one flat row per label.
 
-        Beside what references are asked for it keeps what a query is: so a slice can be left out,
-        and segmented by the others, without its image.
+        Where looks are learned it keeps, beside what references are asked for, what a query is: so
+        a slice can be left out, and segmented by the others, without its image.
         """
         side = (self.size, self.size)
         shares = F.interpolate(
@@ -215,12 +217,12 @@ class MatchSegSegmenter:
             kept.sums2[0].flatten(1) * SUM_SCALE,
         ]
         assert features.embedding is not None
-        _, tokens, fine4, fine2 = features.maps
-        side8 = self.size // COARSE
-        coarse = (F.adaptive_avg_pool2d(fine.float(), side8).flatten() for fine in (fine4, fine2))
-        image = _in_rows(
-            kept.descriptor[0], torch.from_numpy(features.embedding), tokens.flatten(), *coarse
-        )
+        more = [torch.from_numpy(features.embedding)]
+        if self._learns_looks:
+            _, tokens, *fine = features.maps
+            side8 = self.size // COARSE
+            more += [tokens, *(F.adaptive_avg_pool2d(one.float(), side8) for one in fine)]
+        image = _in_rows(kept.descriptor[0], *more)
         return Memory(image=image.half(), labels=torch.cat(rows, 1).half().cpu())
 
     def study_of(self, examples: Iterable[Example]) -> Study:
@@ -508,7 +510,7 @@ def pooled(descriptor: Tensor, images: Tensor) -> Tensor:
 
 def _in_rows(descriptor: Tensor, *more: Tensor) -> Tensor:
     """Descriptors (P, C), then other values as further rows of C, filled up with zeros."""
-    flat = torch.cat([one.detach().float().cpu() for one in more])
+    flat = torch.cat([one.detach().float().cpu().flatten() for one in more])
     width = descriptor.shape[1]
     return torch.cat(
         [descriptor.cpu().float(), F.pad(flat, (0, -len(flat) % width)).view(-1, width)]

@@ -70,8 +70,9 @@ def test_what_is_right_already_stays_right(seed: int) -> None:
         replace(one, scores=torch.where(one.truth > 0, 6.0, -6.0)) for one in slices_of(seed, 10)
     ]
     looks = learn_looks(told)
-    if looks is not None:  # it may be surer than it was
-        assert overlap(apply(told[0], looks, ["polyp"]), told[0].truth) == 1
+    assert looks is not None  # surer than it was
+    for one in told:
+        assert overlap(apply(one, looks, ["polyp"]), one.truth) == 1
 
 
 @pytest.mark.parametrize("seed", range(4))

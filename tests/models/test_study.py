@@ -201,6 +201,13 @@ def mottled(rng: np.random.Generator) -> tuple[FloatArray, torch.Tensor]:
     return image, mask
 
 
+def mottled_memories(
+    segmenter: MatchSegSegmenter, rng: np.random.Generator, count: int
+) -> list[Memory]:
+    seen = [mottled(rng) for _ in range(count)]
+    return learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+
+
 def test_a_memory_is_as_good_a_query_as_the_image(segmenter: MatchSegSegmenter) -> None:
     rng = np.random.default_rng(0)
     seen = [mottled(rng) for _ in range(6)]
@@ -223,8 +230,7 @@ def test_looks_are_learned_where_references_do_not_say_enough(
     segmenter: MatchSegSegmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(1)
-    seen = [mottled(rng) for _ in range(12)]
-    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    memories = mottled_memories(segmenter, rng, 12)
     examples = left_out(memories)
     study = segmenter.looks_of(examples, segmenter.study_of(examples))
     assert study.looks is not None
@@ -261,8 +267,7 @@ def test_a_network_that_was_trained_on_the_labels_learns_no_looks_of_them(
     segmenter: MatchSegSegmenter,
 ) -> None:
     rng = np.random.default_rng(1)
-    seen = [mottled(rng) for _ in range(12)]
-    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    memories = mottled_memories(segmenter, rng, 12)
     own = MatchSegSegmenter(segmenter._net, digest=segmenter.digest, device="cpu")
     study = own.study_of(left_out(memories))
     assert own.looks_of(left_out(memories), study) is study
@@ -273,8 +278,7 @@ def test_a_full_device_learns_no_looks_and_segments_all_the_same(
     segmenter: MatchSegSegmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(4)
-    seen = [mottled(rng) for _ in range(7)]
-    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    memories = mottled_memories(segmenter, rng, 7)
     examples = left_out(memories)
 
     def full(*_: object) -> None:
@@ -296,8 +300,7 @@ def test_a_query_unlike_all_labelled_slices_is_not_corrected(
     segmenter: MatchSegSegmenter,
 ) -> None:
     rng = np.random.default_rng(3)
-    seen = [mottled(rng) for _ in range(3)]
-    memories = learned(segmenter, [image for image, _ in seen], [mask for _, mask in seen])
+    memories = mottled_memories(segmenter, rng, 3)
     known = torch.ones(3, 1, dtype=torch.bool)
     channels = memories[0].image.shape[1]
     more = Correction(torch.zeros(1, channels), torch.ones(1), torch.full((1,), 2.0))
