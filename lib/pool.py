@@ -188,9 +188,9 @@ class Pool:
         """
         self._stored.put(image_id, path, vectors, numbers=numbers)
 
-    def wait_until_idle(self) -> None:
-        """Return when no request is being answered; for other work in the background."""
-        self._idle.wait()
+    def wait_until_idle(self, seconds: float | None = None) -> None:
+        """Return when no request is being answered, or after so long; for background work."""
+        self._idle.wait(seconds)
 
     @contextmanager
     def busy(self) -> Iterator[None]:

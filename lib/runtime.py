@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ListLabels = Callable[[], Sequence[LabelledImage]]
 LOG_EVERY_SECONDS = 5.0
+PATIENCE = 2.0  # seconds that learning waits for requests, a slice: it has to end some day
 _MEMORIES = TensorCache()  # of all banks of the process: a site's model has one of its own
 
 
@@ -112,6 +114,7 @@ class Runtime:
                     window=chosen.window,
                     axis=chosen.axis_index,
                     batch=chosen.batch,
+                    make_way=partial(self.pool.wait_until_idle, PATIENCE),
                 )
                 seconds = time.perf_counter() - start
                 logger.info("loaded %s and %s in %.1f s", segmenter.name, embedder.name, seconds)
@@ -255,7 +258,7 @@ class Runtime:
                 if cold:
                     self.warm_up()
                 self.sync(list_labels)
-                self.engine.study(self.bank)  # ahead of the request that follows
+                self.engine.study(self.bank, wait=False)  # ahead of the request that follows
             except RefSegError as error:
                 logger.error("the bank could not be brought up to date: %s", error)
             except Exception:

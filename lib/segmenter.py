@@ -26,6 +26,7 @@ from lib.memory.records import BankVersion
 from lib.models.protocol import Embedder, ReferenceSegmenter
 from lib.segmentation import Options, Segmentation, Stopwatch, Tally, message_for
 from lib.types import (
+    Example,
     Features,
     FloatArray,
     LabelledImage,
@@ -85,13 +86,27 @@ class ReferenceEngine:
         window: tuple[float, float] | None = None,
         axis: int | None = None,
         batch: int = 8,
+        make_way: Callable[[], None] = lambda: None,
     ) -> None:
+        """Wrap the networks.
+
+        Args:
+            segmenter: segments by reference.
+            embedder: tells what is similar.
+            annotation: rule by which label maps are read.
+            window: intensity window of volumes; None: by percentiles.
+            axis: canonical axis to cut along; None: the coarsest.
+            batch: slices encoded at once.
+            make_way: called between the slices that looks are learned from; returns when nobody
+                waits for a mask, or has waited for long.
+        """
         self.segmenter = segmenter
         self.embedder = embedder
         self._annotation = annotation
         self._window = window
         self._axis = axis
         self._batch = batch
+        self._make_way = make_way
         self._placing, self._study_lock = threading.Lock(), threading.Lock()
         self._place: tuple[tuple[Path, BankVersion], Study] | None = None
         self._studied: tuple[tuple[Path, BankVersion], Study] | None = None
@@ -191,7 +206,7 @@ class ReferenceEngine:
         with self._study_lock:
             now = bank.folder, bank.version
             if self._studied is None or self._studied[0] != now:
-                learned = self.segmenter.looks_of(examples_of(bank), self._placed(bank))
+                learned = self.segmenter.looks_of(self._out_of_the_way(bank), self._placed(bank))
                 self._studied = now, learned
                 if learned.looks is not None:
                     told = ", ".join(learned.looks.corrected)
@@ -203,7 +218,8 @@ class ReferenceEngine:
 
         def learn() -> None:
             try:
-                self._learned(bank)
+                while not self._is_learned(bank):  # labels may be submitted meanwhile
+                    self._learned(bank)
             except RefSegError as error:  # the next request tries again
                 logger.warning("what the labels say cannot be learned now: %s", error)
             except Exception:
@@ -212,7 +228,20 @@ class ReferenceEngine:
                 self._learning.release()
 
         if self._learning.acquire(blocking=False):
-            threading.Thread(target=learn, name="refseg-study", daemon=True).start()
+            try:
+                threading.Thread(target=learn, name="refseg-study", daemon=True).start()
+            except RuntimeError:  # no more threads can be had now
+                self._learning.release()
+                logger.exception("what the labels say cannot be learned now")
+
+    def _is_learned(self, bank: MemoryBank) -> bool:
+        known = self._studied
+        return known is not None and known[0] == (bank.folder, bank.version)
+
+    def _out_of_the_way(self, bank: MemoryBank) -> Iterator[Example]:
+        for example in examples_of(bank):
+            self._make_way()
+            yield example
 
     # -- image -> segmentation ----------------------------------------------------------------
 

@@ -149,3 +149,11 @@ def test_a_broken_image_is_tried_once_and_stops_nobody(
     paths["image 0"].write_text("7")
     os.utime(paths["image 0"], ns=(5, 5))
     np.testing.assert_array_equal(pool.embeddings(paths, seconds=60)["image 0"], [[7, 7]])
+
+
+def test_who_works_behind_requests_waits_for_them_but_not_for_ever(pool: Pool) -> None:
+    pool.wait_until_idle()
+    with pool.busy():
+        start = time.monotonic()
+        pool.wait_until_idle(0.2)  # learning that a request waits for has to end
+        assert time.monotonic() - start >= 0.2

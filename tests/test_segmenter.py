@@ -502,6 +502,31 @@ def test_who_wants_a_mask_does_not_wait_for_how_labels_look(tmp_path: Path) -> N
     assert told(wait=True) == (5, 4)
 
 
+def test_looks_are_learned_between_requests(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, Ponderer())
+    ponderer = studio.averager
+    assert isinstance(ponderer, Ponderer)
+    ponderer.may.set()
+    free, asked = threading.Event(), threading.Semaphore(0)
+
+    def make_way() -> None:
+        asked.release()
+        assert free.wait(20)
+
+    studio.engine = ReferenceEngine(ponderer, Thumbnail(), batch=4, make_way=make_way)
+    for n, name in enumerate("abc"):
+        studio.label(name, annotate(2), n)
+    studio.bank.sync(studio.labelled)
+    studio.engine.study(studio.bank, wait=False)
+    assert asked.acquire(timeout=20)
+    time.sleep(0.2)
+    assert not asked.acquire(blocking=False)  # it waits before the first slice
+    assert ponderer.pondered == 0
+    free.set()
+    assert gain_of(studio.engine.study(studio.bank)) == 1
+    assert asked.acquire(blocking=False)  # and is asked before each
+
+
 class Painter(Surveyor):
     """Says of looks that liver counts double, or threefold where image a is not to be known."""
 
