@@ -19,7 +19,7 @@ from lib.types import FloatArray, Match, Shape, SliceKey
 _GONE_KEPT = 20_000
 _TIES_LOOKED_AT = 8
 _LOOKED_AT = 4  # images for each that is drawn: some show no label
-_GOLDEN = 0.618034  # its multiples, less whole numbers, are never close to one another
+_PHASES = 997
 
 Found = list[tuple[int, float]]
 
@@ -151,10 +151,11 @@ class View:
             found = found[: max(1, left // 2)]
         found = found[:left]
         each = (left - len(found)) // len(found)
-        for number, first in enumerate(list(found)):
+        for first in list(found):
             others = [key for key in self.keys_of(first.image_id) if key != first]
             taken = min(each, len(others))
-            phase = (0.5 + _GOLDEN * number) % 1  # of one slice a volume: not always the middle one
+            # of one slice a volume not always the middle one, and the same when others come
+            phase = _draw(first.image_id)[0] % _PHASES / _PHASES
             found += [others[int((n + phase) * len(others) / taken)] for n in range(taken)]
         slices = [self.keys_of(image) for image in blank]
         return found + [keys[len(keys) // 2] for keys in slices]
