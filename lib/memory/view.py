@@ -140,25 +140,25 @@ class View:
 
     def spread(self, count: int) -> list[SliceKey]:
         """See `MemoryBank.spread`."""
-        found = self.sample(count)
-        if not found:
+        drawn = self.sample(count)
+        if not drawn:
             return []
         images = heapq.nsmallest(count, self._by_image, key=_draw)
         blank = [image for image in images if self._by_image[image] and not self._shows(image)]
         blank = blank[: count // 4]
         left = max(1, count - len(blank))
-        if any(len(self._by_image[key.image_id]) > 1 for key in found):
-            found = found[: max(1, left // 2)]
-        found = found[:left]
+        volumes = any(len(self._by_image[key.image_id]) > 1 for key in drawn)
+        found = drawn[: max(1, left // 2) if volumes else left]
         each = (left - len(found)) // len(found)
-        for first in list(found):
+        more: list[SliceKey] = []
+        for first in found:
             others = [key for key in self.keys_of(first.image_id) if key != first]
             taken = min(each, len(others))
             # of one slice a volume not always the middle one, and the same when others come
             phase = _draw(first.image_id)[0] % _PHASES / _PHASES
-            found += [others[int((n + phase) * len(others) / taken)] for n in range(taken)]
+            more += [others[int((n + phase) * len(others) / taken)] for n in range(taken)]
         slices = [self.keys_of(image) for image in blank]
-        return found + [keys[len(keys) // 2] for keys in slices]
+        return drawn[: left - len(more)] + more + [keys[len(keys) // 2] for keys in slices]
 
     def _shows(self, image_id: str) -> bool:
         numbers = self._by_image[image_id].values()

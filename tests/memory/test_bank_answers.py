@@ -349,4 +349,5 @@ def test_slices_are_spread_over_volumes_and_some_show_nothing(make_bank) -> None
     assert max(key.index for key in drawn) - min(key.index for key in drawn) > 10
     pictures = {f"p{number}": slices(range(1), 1) for number in range(60)}
     assert len(make_bank(pictures)[0].spread(48)) == 48
+    assert len(make_bank(pictures | {"v00": volumes["v00"]})[0].spread(48)) == 48
     assert make_bank(healthy)[0].spread(48) == []
