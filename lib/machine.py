@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,17 @@ def let_others_first() -> None:
     windows = getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", None)
     with suppress(psutil.Error, OSError):
         process.nice(min(19, process.nice() + _BEHIND) if windows is None else windows)
+
+
+def start_thread(work: Callable[[], None], name: str) -> threading.Thread | None:
+    """Work in the background from now on; None, and a line in the log, if there are too many."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        logger.exception("%s cannot be started now", name)
+        return None
+    return thread
 
 
 def identity() -> str:

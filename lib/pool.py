@@ -5,12 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from lib.errors import ImageError
+from lib.machine import start_thread
 from lib.memory.pool import EmbeddingPool
 from lib.retrieval.poolview import PoolView
 from lib.retrieval.regions import RegionBasis
@@ -164,10 +166,7 @@ class Pool:
     def _embed_soon(self, paths: Mapping[str, Path]) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._embed_all, args=(paths,), name="refseg-pool", daemon=True
-                )
-                self._thread.start()
+                self._thread = start_thread(partial(self._embed_all, paths), "refseg-pool")
 
     def _embed_all(self, paths: Mapping[str, Path]) -> None:
         try:
