@@ -18,7 +18,8 @@ def examples_of(bank: MemoryBank) -> Iterator[Example]:
     First one slice of each of some images, then others of the same. Bounded, however large the
     bank.
     """
-    for reference in bank.references(bank.spread(MOST)):
+    for key in bank.spread(MOST):
+        (reference,) = bank.references([key])  # one at a time, so that few are held
         names = reference.labels
         matches = bank.nearest(
             reference.embedding[None],

@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.errors import RefSegError
 from lib.imaging.io import read_image
+from lib.machine import start_thread
 from lib.memory.bank import MemoryBank
 from lib.memory.packing import LAYOUT
 from lib.memory.pool import EmbeddingPool
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ListLabels = Callable[[], Sequence[LabelledImage]]
 LOG_EVERY_SECONDS = 5.0
-PATIENCE = 2.0  # seconds that learning waits for requests, a slice: it has to end some day
+PATIENCE = 0.5  # seconds that each step of learning waits for requests: it has to end some day
 _MEMORIES = TensorCache()  # of all banks of the process: a site's model has one of its own
 
 
@@ -232,8 +233,7 @@ class Runtime:
             self._waiting = list_labels
             self._cold = self._cold or warm
             if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="refseg-sync", daemon=True)
-                self._worker.start()
+                self._worker = start_thread(self._work, "refseg-sync")
 
     @property
     def learning(self) -> bool:

@@ -21,12 +21,11 @@ from lib.examples import examples_of
 from lib.imaging.io import ImageVolume, read_image
 from lib.imaging.pieces import shape_of, usual_shape
 from lib.imaging.slices import assemble, cut, cut_labels, through_plane_axis
+from lib.machine import start_thread
 from lib.memory.bank import MemoryBank
-from lib.memory.records import BankVersion
 from lib.models.protocol import Embedder, ReferenceSegmenter
 from lib.segmentation import Options, Segmentation, Stopwatch, Tally, message_for
 from lib.types import (
-    Example,
     Features,
     FloatArray,
     LabelledImage,
@@ -39,6 +38,7 @@ from lib.types import (
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+_State = tuple[Path, tuple[str, int]]  # of which bank, and of which references
 THIN_MM = 2.0  # of slices; between two that are not thin there may be what neither of them shows
 POOL_SLICES = 5  # slices that stand for one image in the pool: ends say little, so inner ones
 
@@ -97,7 +97,7 @@ class ReferenceEngine:
             window: intensity window of volumes; None: by percentiles.
             axis: canonical axis to cut along; None: the coarsest.
             batch: slices encoded at once.
-            make_way: called between the slices that looks are learned from; returns when nobody
+            make_way: called between the steps in which looks are learned; returns when nobody
                 waits for a mask, or has waited for long.
         """
         self.segmenter = segmenter
@@ -108,8 +108,8 @@ class ReferenceEngine:
         self._batch = batch
         self._make_way = make_way
         self._placing, self._study_lock = threading.Lock(), threading.Lock()
-        self._place: tuple[tuple[Path, BankVersion], Study] | None = None
-        self._studied: tuple[tuple[Path, BankVersion], Study] | None = None
+        self._place: tuple[_State, Study] | None = None
+        self._studied: tuple[_State, Study] | None = None
         self._learning = threading.Lock()  # held by who learns a study behind the requests
 
     # -- labelled image -> references ---------------------------------------------------------
@@ -174,7 +174,7 @@ class ReferenceEngine:
                 has just submitted a label wants the next mask.
         """
         known = self._studied
-        if known is not None and known[0] == (bank.folder, bank.version):
+        if known is not None and known[0] == (bank.folder, bank.state):
             return known[1]
         if wait:
             return self._learned(bank)
@@ -187,7 +187,7 @@ class ReferenceEngine:
     def _placed(self, bank: MemoryBank) -> Study:
         """All but how labels look."""
         with self._placing:
-            now = bank.folder, bank.version
+            now = bank.folder, bank.state
             if self._place is None or self._place[0] != now:
                 learned = replace(
                     self.segmenter.study_of(examples_of(bank)),
@@ -204,9 +204,11 @@ class ReferenceEngine:
     def _learned(self, bank: MemoryBank) -> Study:
         """All of it."""
         with self._study_lock:
-            now = bank.folder, bank.version
+            now = bank.folder, bank.state
             if self._studied is None or self._studied[0] != now:
-                learned = self.segmenter.looks_of(self._out_of_the_way(bank), self._placed(bank))
+                learned = self.segmenter.looks_of(
+                    examples_of(bank), self._placed(bank), self._make_way
+                )
                 self._studied = now, learned
                 if learned.looks is not None:
                     told = ", ".join(learned.looks.corrected)
@@ -222,26 +224,21 @@ class ReferenceEngine:
                     self._learned(bank)
             except RefSegError as error:  # the next request tries again
                 logger.warning("what the labels say cannot be learned now: %s", error)
+                return
             except Exception:
                 logger.exception("what the labels say cannot be learned")
+                return
             finally:
                 self._learning.release()
+            if not self._is_learned(bank):  # submitted after the last look
+                self._study_soon(bank)
 
-        if self._learning.acquire(blocking=False):
-            try:
-                threading.Thread(target=learn, name="refseg-study", daemon=True).start()
-            except RuntimeError:  # no more threads can be had now
-                self._learning.release()
-                logger.exception("what the labels say cannot be learned now")
+        if self._learning.acquire(blocking=False) and start_thread(learn, "refseg-study") is None:
+            self._learning.release()
 
     def _is_learned(self, bank: MemoryBank) -> bool:
         known = self._studied
-        return known is not None and known[0] == (bank.folder, bank.version)
-
-    def _out_of_the_way(self, bank: MemoryBank) -> Iterator[Example]:
-        for example in examples_of(bank):
-            self._make_way()
-            yield example
+        return known is not None and known[0] == (bank.folder, bank.state)
 
     # -- image -> segmentation ----------------------------------------------------------------
 

@@ -1,12 +1,14 @@
 """The pool of embeddings over real files: what is read when, and what is computed again."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 
 from lib.errors import ImageError
 from lib.imaging.io import read_image
@@ -15,7 +17,7 @@ from lib.memory.pool import EmbeddingPool
 from lib.pool import Pool
 from lib.runtime import Runtime
 from lib.settings import RefSegSettings
-from lib.types import FloatArray, HalfArray
+from lib.types import FloatArray, HalfArray, LabelledImage
 
 
 class Encoder:
@@ -155,5 +157,34 @@ def test_who_works_behind_requests_waits_for_them_but_not_for_ever(pool: Pool) -
     pool.wait_until_idle()
     with pool.busy():
         start = time.monotonic()
-        pool.wait_until_idle(0.2)  # learning that a request waits for has to end
+        pool.wait_until_idle(0.2)  # requests may come without end
         assert time.monotonic() - start >= 0.2
+        waiting = threading.Thread(target=pool.wait_until_idle, args=(60,))
+        waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_looks_are_learned_when_no_request_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.runtime.PATIENCE", 60)
+    labels = []
+    for name in "ab":
+        paths = [tmp_path / f"{name}{kind}.png" for kind in ("", "-label")]
+        picture = np.zeros((64, 64), np.uint8)
+        picture[16:40, 16:40] = 1
+        for path, factor in zip(paths, (200, 1), strict=True):
+            Image.fromarray(picture * factor).save(path)
+        labels.append(LabelledImage(name, paths[0], paths[1], {1: "square"}))
+    settings = RefSegSettings(device="cpu", segmenter="matchseg")
+    runtime = Runtime(settings, bank_root=tmp_path / "bank", studies=str(tmp_path))
+    runtime.sync(lambda: labels)
+    with runtime.pool.busy():
+        runtime.engine.study(runtime.bank, wait=False)
+        time.sleep(3)
+        assert runtime.engine._learning.locked()  # it takes no second, where none is busy
+    end = time.monotonic() + 60
+    while runtime.engine._learning.locked():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -60,7 +60,9 @@ class Averager:
     def study_of(self, examples: Iterable[Example]) -> Study:
         return Study()
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self, examples: Iterable[Example], study: Study, make_way: Callable[[], None]
+    ) -> Study:
         return study
 
     def segment(
@@ -446,12 +448,16 @@ class Ponderer(Surveyor):
 
     def __init__(self) -> None:
         super().__init__()
-        self.may = threading.Event()
+        self.may, self.begun = threading.Event(), threading.Event()
         self.fails = False
         self.pondered = 0
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self, examples: Iterable[Example], study: Study, make_way: Callable[[], None]
+    ) -> Study:
         assert list(examples)
+        make_way()
+        self.begun.set()
         assert self.may.wait(20)
         if self.fails:
             raise MemoryStoreError("it was removed")
@@ -507,10 +513,10 @@ def test_looks_are_learned_between_requests(tmp_path: Path) -> None:
     ponderer = studio.averager
     assert isinstance(ponderer, Ponderer)
     ponderer.may.set()
-    free, asked = threading.Event(), threading.Semaphore(0)
+    free, asked = threading.Event(), threading.Event()
 
     def make_way() -> None:
-        asked.release()
+        asked.set()
         assert free.wait(20)
 
     studio.engine = ReferenceEngine(ponderer, Thumbnail(), batch=4, make_way=make_way)
@@ -518,19 +524,39 @@ def test_looks_are_learned_between_requests(tmp_path: Path) -> None:
         studio.label(name, annotate(2), n)
     studio.bank.sync(studio.labelled)
     studio.engine.study(studio.bank, wait=False)
-    assert asked.acquire(timeout=20)
+    assert asked.wait(20)
     time.sleep(0.2)
-    assert not asked.acquire(blocking=False)  # it waits before the first slice
-    assert ponderer.pondered == 0
+    assert not ponderer.begun.is_set()
     free.set()
     assert gain_of(studio.engine.study(studio.bank)) == 1
-    assert asked.acquire(blocking=False)  # and is asked before each
+
+
+def test_what_is_labelled_while_looks_are_learned_is_learned_next(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, Ponderer())
+    ponderer = studio.averager
+    assert isinstance(ponderer, Ponderer)
+    for n, name in enumerate("abc"):
+        studio.label(name, annotate(2), n)
+    studio.bank.sync(studio.labelled)
+    studio.engine.study(studio.bank, wait=False)
+    assert ponderer.begun.wait(20)
+    studio.label("d", annotate(3), 4)
+    studio.bank.sync(studio.labelled)
+    ponderer.may.set()
+    end = time.monotonic() + 20
+    while ponderer.pondered < 2 or studio.engine._learning.locked():  # nobody asks again
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert gain_of(studio.engine.study(studio.bank, wait=False)) == 2
+    assert ponderer.pondered == 2
 
 
 class Painter(Surveyor):
     """Says of looks that liver counts double, or threefold where image a is not to be known."""
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self, examples: Iterable[Example], study: Study, make_way: Callable[[], None]
+    ) -> Study:
         assert {one.labels for one in examples} <= {("liver",), ("liver", "spleen")}
         twice, thrice = (
             Correction(torch.ones(1, 1), torch.tensor([gain]), torch.zeros(1))

@@ -8,7 +8,7 @@ that the first answer is rounded as the remembered ones are.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
@@ -85,9 +85,14 @@ class RememberingSegmenter:
         """See `ReferenceSegmenter.study_of`."""
         return self._segmenter.study_of(examples)
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self,
+        examples: Iterable[Example],
+        study: Study,
+        make_way: Callable[[], None] = lambda: None,
+    ) -> Study:
         """See `ReferenceSegmenter.looks_of`."""
-        return self._segmenter.looks_of(examples, study)
+        return self._segmenter.looks_of(examples, study, make_way)
 
     def segment(
         self,

@@ -99,7 +99,12 @@ class MemoryBank:
     @property
     def version(self) -> BankVersion:
         """What answers now."""
-        return BankVersion(self._with_view(lambda view: view.generation), self._fingerprint)
+        return BankVersion(self.state[1], self._fingerprint)
+
+    @property
+    def state(self) -> tuple[str, int]:
+        """Changes whenever the references do, be it that the bank is built anew."""
+        return self._with_view(lambda view: view.state)
 
     def sync(self, labels: Sequence[LabelledImage], *, complete: bool = True) -> SyncReport:
         """Make the bank hold the references of exactly these labelled images.
@@ -247,7 +252,7 @@ class MemoryBank:
                 slices=len(view),
                 labels=tuple(view.counts()),
                 bytes=size,
-                generation=view.generation,
+                generation=view.state[1],
                 failed=failed,
             )
 

@@ -59,9 +59,9 @@ class View:
         self._present: dict[str, IdArray] = {}
 
     @property
-    def generation(self) -> int:
-        """Of the catalogue that this view was read from."""
-        return self._state[1]
+    def state(self) -> tuple[str, int]:
+        """The catalogue that this view was read from, and its generation."""
+        return self._state
 
     def refresh(self, connection: sqlite3.Connection) -> None:
         """Take over what changed in the catalogue since the last time, and only that."""

@@ -13,7 +13,7 @@ foretells the labels of images that it was not learned from, and clearly so.
 Dimensions: P cells of a slice, C channels of a descriptor, L labels, N cells of all slices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -98,8 +98,13 @@ class _Model:
 
 
 @torch.inference_mode(mode=False)
-def learn_looks(slices: Sequence[LeftOut]) -> Looks | None:
-    """What is to be added to the scores of each label; None, if nothing clearly helps."""
+def learn_looks(
+    slices: Sequence[LeftOut], make_way: Callable[[], None] = lambda: None
+) -> Looks | None:
+    """What is to be added to the scores of each label; None, if nothing clearly helps.
+
+    `make_way` is called before each fit.
+    """
     images = sorted({one.image_id for one in slices})
     if len(images) < FEWEST_IMAGES:
         return None
@@ -119,6 +124,7 @@ def learn_looks(slices: Sequence[LeftOut]) -> Looks | None:
         model, found = nothing, []
         losses[0] += _by_slice(nothing, kept, len(slices))
         for row, strength in enumerate(PENALTIES, start=1):
+            make_way()
             model = _fit(model, learned, strength * penalty[:, None])
             losses[row] += _by_slice(model, kept, len(slices))
             found.append(model)
@@ -128,6 +134,7 @@ def learn_looks(slices: Sequence[LeftOut]) -> Looks | None:
         return None
     whole, model = [], nothing
     for strength in PENALTIES:
+        make_way()
         model = _fit(model, cells, strength * penalty[:, None])
         whole.append(model)
     without = [_correction(_picked(models, best), mean, basis, helps) for models in by_fold]

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
@@ -41,7 +41,7 @@ PLACEMENTS = tuple((p, False) for p in STILL) + tuple((p, True) for p in ALIGNED
 FEWEST, FEW = 3, 4  # labelled slices; fewer say nothing of a study, or little
 MOST_PLACED = 16  # labelled images, a slice of each, by which the use of place is chosen
 COARSE = 8  # fine maps are kept with a memory as coarse as the vote's grid
-ANSWERS_KEPT = 512  # of slices left out, which most labels submitted do not change
+ANSWERS_KEPT = 128  # (2 KB a label) of slices left out, which most labels submitted do not change
 NEAREST = 8  # references by which it is told how far a picture is from all
 REACH = 2.0  # farther than so many times the farthest slice left out, a study says nothing
 _EMBEDDED = MatchSegNet.DESCRIPTOR + THUMBNAIL**2  # values of the embedding
@@ -114,7 +114,7 @@ class MatchSegSegmenter:
 
     Images are stretched to the square working grid; masks are averaged onto it, so that a
     structure smaller than a working pixel still leaves its share. Holds no state between calls but
-    the number of images that the device has room for.
+    the number of images that the device has room for, and answers of slices left out.
     """
 
     name = "matchseg"
@@ -253,13 +253,21 @@ class MatchSegSegmenter:
         place, aligned = PLACEMENTS[best]
         return Study(place, aligned, REACH * max(one.distance for one in found))
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self,
+        examples: Iterable[Example],
+        study: Study,
+        make_way: Callable[[], None] = lambda: None,
+    ) -> Study:
         """See `ReferenceSegmenter.looks_of`, and `looks.py`."""
         if not self._learns_looks:
             return study
+        slices = []
         try:
-            slices = [self._left_out(one, study) for one in examples]
-            looks = learn_looks([one for one, _ in slices])
+            for example in examples:
+                make_way()
+                slices.append(self._left_out(example, study))
+            looks = learn_looks([one for one, _ in slices], make_way)
         except RuntimeError as error:  # a request may find room where all labels at once did not
             if not is_out_of_memory(error):
                 raise
@@ -306,9 +314,9 @@ class MatchSegSegmenter:
         left = LeftOut(
             example.image_id,
             example.labels,
-            example.memory.image[:cells],
+            example.memory.image[:cells].clone(),  # not to hold all of the memory
             scores,
-            example.memory.labels[:, :cells].T,
+            example.memory.labels[:, :cells].T.clone(),
         )
         return left, _distance(similarity)
 

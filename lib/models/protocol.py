@@ -1,6 +1,6 @@
 """What the rest of RefSeg knows of a segmenter and of an embedder: these two protocols, no more."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -42,10 +42,16 @@ class ReferenceSegmenter(Protocol):
         """
         ...
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self,
+        examples: Iterable[Example],
+        study: Study,
+        make_way: Callable[[], None] = lambda: None,
+    ) -> Study:
         """That study with what labelled slices say of how labels look; seconds, from memories.
 
         A segmenter that learns no looks answers the study as it is, and looks at no example.
+        `make_way` is called before each step of a tenth of a second or so, to let others work.
         """
         ...
 

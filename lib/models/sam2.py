@@ -34,7 +34,7 @@ predictor rounds memories too: 0.5 MiB a label at 1,024 pixels, 0.13 MiB at 512.
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +196,12 @@ class Sam2Segmenter:
         """See `ReferenceSegmenter.study_of`: SAM 2 has nothing to choose."""
         return Study()
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:  # noqa: ARG002
+    def looks_of(
+        self,
+        examples: Iterable[Example],  # noqa: ARG002
+        study: Study,
+        make_way: Callable[[], None] = lambda: None,  # noqa: ARG002
+    ) -> Study:
         """See `ReferenceSegmenter.looks_of`: SAM 2 learns none."""
         return study
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -76,7 +76,12 @@ class AveragedSegmenter:
             for one in examples
         )
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:  # noqa: ARG002
+    def looks_of(
+        self,
+        examples: Iterable[Example],  # noqa: ARG002
+        study: Study,
+        make_way: Callable[[], None] = lambda: None,  # noqa: ARG002
+    ) -> Study:
         """See `ReferenceSegmenter.looks_of`: none, since the two see in features of their own."""
         return study
 

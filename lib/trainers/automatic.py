@@ -143,6 +143,8 @@ class AutomaticTraining:
         ended = read_outcome(self._room)
         if ended is not None and ended.done:
             self._look()
+        else:
+            logger.info("the training was ended, so no other follows it before the next label")
 
     def _watch(self, task: Mapping[str, str], start: _Start) -> None:
         """Note the end of a training, unless the server ends with it."""

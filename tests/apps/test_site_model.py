@@ -332,12 +332,12 @@ def test_labels_saved_during_a_training_start_the_next_when_it_has_ended_well(
         _wait_for(lambda: _images(room) == 9)
         first, second = server.get("/train/?all=true").json()
         assert (first["status"], second["status"]) == ("DONE", "RUNNING")
+        due = server.log.count("a training is due")
         for seed in range(9, 14):
             submit(site, f"p{seed}", seed, tmp_path)
-        assert is_training(room)
+        _wait_for(lambda: server.log.count("a training is due") > due)
         assert requests.delete(f"{server.url}/train/", timeout=60).ok
-        _wait_for(lambda: not is_training(room))
-        time.sleep(3)
+        _wait_for(lambda: "no other follows it" in server.log)
         assert len(server.get("/train/?all=true").json()) == 2
     finally:
         server.stop()

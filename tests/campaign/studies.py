@@ -1,7 +1,7 @@
 """Folders of small labelled pictures, and networks that need no training to be right."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,9 @@ class Averager:
     def study_of(self, examples: Iterable[Example]) -> Study:
         return Study()
 
-    def looks_of(self, examples: Iterable[Example], study: Study) -> Study:
+    def looks_of(
+        self, examples: Iterable[Example], study: Study, make_way: Callable[[], None]
+    ) -> Study:
         return study
 
     def segment(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib.models.looks import FOLDS, PENALTIES
 from lib.models.matchseg import MatchSegSegmenter, _embedding
 from lib.models.network import AROUND, MOST_CELLS, Remembered
 from lib.types import Correction, Example, FloatArray, Looks, Memory, Study
@@ -232,8 +233,10 @@ def test_looks_are_learned_where_references_do_not_say_enough(
     rng = np.random.default_rng(1)
     memories = mottled_memories(segmenter, rng, 12)
     examples = left_out(memories)
-    study = segmenter.looks_of(examples, segmenter.study_of(examples))
+    steps: list[int] = []
+    study = segmenter.looks_of(examples, segmenter.study_of(examples), lambda: steps.append(1))
     assert study.looks is not None
+    assert len(steps) == 12 + (FOLDS + 1) * len(PENALTIES)  # slices and fits
     assert study.looks.corrected == ("label 0",)
     assert study.reach is not None
     known = torch.ones(12, 1, dtype=torch.bool)
@@ -269,6 +272,9 @@ def test_a_network_that_was_trained_on_the_labels_learns_no_looks_of_them(
     rng = np.random.default_rng(1)
     memories = mottled_memories(segmenter, rng, 12)
     own = MatchSegSegmenter(segmenter._net, digest=segmenter.digest, device="cpu")
+    (query,) = mottled_memories(own, rng, 1)
+    assert len(query.image) < len(memories[0].image)  # queries are kept for looks alone
+    assert own.fingerprint != segmenter.fingerprint
     study = own.study_of(left_out(memories))
     assert own.looks_of(left_out(memories), study) is study
     assert study.place == segmenter.study_of(left_out(memories)).place
