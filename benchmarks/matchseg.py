@@ -50,16 +50,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 KINDS = ("unet", "dynunet")
 METHODS = ("matchseg", "matchseg-all", "matchseg-scratch", "unet", "dynunet", "refseg")
 AVERAGE = "matchseg + bundled"  # their mean, as by --conf site_average true
-TRAINED = "as trained"  # older rows: without the way back to the bundled weights
-CAREFUL = "careful"  # older rows: as near to the bundled weights as could be right
-COLUMNS = {  # by method and recipe
-    ("matchseg", None): TRAINED,
-    ("matchseg", 3): f"matchseg, {CAREFUL}",
-    ("matchseg-all", 4): "matchseg-all, full rate",  # the second half began at the full rate again
-    ("matchseg-all", 5): f"matchseg-all, {CAREFUL}",
-    ("refseg", None): "refseg, no looks",
-}
-RECIPE = {  # rows of another one are not those that are asked for
+RECIPE = {  # grows with each change; rows of earlier ones are told apart, and run anew if asked for
     "matchseg": 4,
     "matchseg-all": 6,
     "matchseg-scratch": 4,
@@ -385,21 +376,7 @@ def table(
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The table: a row for each test set, number of labels, and minutes of training."""
-    figures: dict[tuple[Line, str], list[float]] = defaultdict(list)
-    spent = sorted({row["minutes"] for row in rows if row["minutes"]})
-    for row in rows:
-        # what is not trained stands beside every time that others were given
-        for minutes in [row["minutes"]] if row["minutes"] else spent:
-            for where, found in row["tests"].items():
-                one = Line(_what(row, where), row["labels"], minutes)
-                column = COLUMNS.get((row["method"], row.get("recipe")), row["method"])
-                figures[one, column].append(100 * found["dice"])
-            now = row["method"] == "matchseg" and row.get("recipe") == RECIPE["matchseg"]
-            average = "tests_average" if now else ""
-            for key, column in ((average, AVERAGE), ("tests_trained", TRAINED)):
-                for where, found in row.get(key, {}).items():
-                    one = Line(_what(row, where), row["labels"], minutes)
-                    figures[one, column].append(100 * found["dice"])
+    figures, earlier = _newest(rows)
     methods = list(dict.fromkeys(method for _, method in figures))
     trained = {one for one, method in figures if not method.startswith("refseg")}
     text = [
@@ -407,14 +384,18 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|" + "---|" * (len(methods) + 1),
     ]
     for one in sorted(trained, key=Line.order):
-        cells = [_cell(figures.get((one, method), [])) for method in methods]
+        cells = [
+            _cell(figures.get((one, method), []), earlier=(one, method) in earlier)
+            for method in methods
+        ]
         text.append(
             f"| {one.what} | {one.labels} | {one.minutes:g} | "
             + " | ".join(cells)
             + f" | {_lead(figures, one)} |"
         )
     text.append("\nDice in %, mean ± standard deviation over seeds (number of seeds in brackets).")
-    # older rows were refused by another rule
+    if earlier:
+        text.append("† By an earlier recipe, not run again since.")
     trainings = [row for row in rows if "kept" in row and row["method"] == "matchseg-all"]
     refused = [_refused(row, rows) for row in trainings if not row["published"]]
     if trainings:
@@ -427,6 +408,40 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"MatchSeg's paper (arXiv 2403.15901), on larger sets of its own split: {'; '.join(told)}."
     )
     return text
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    what: str
+    labels: str
+    minutes: float
+
+    def order(self) -> tuple[bool, str, int, float]:
+        """Own test cases first; by set, labels and time."""
+        number = 10**6 if self.labels == "all" else int(self.labels)
+        return ">" in self.what, self.what, number, self.minutes
+
+
+def _newest(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[dict[tuple[Line, str], list[float]], set[tuple[Line, str]]]:
+    """Dice in % by line and method, of the latest recipe there; which of these is not today's."""
+    found: dict[tuple[Line, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    spent = sorted({row["minutes"] for row in rows if row["minutes"]})
+    for row in rows:
+        # what is not trained stands beside every time that others were given
+        for minutes in [row["minutes"]] if row["minutes"] else spent:
+            for tests, column in (("tests", row["method"]), ("tests_average", AVERAGE)):
+                if column == AVERAGE and row["method"] != "matchseg":
+                    continue
+                for where, told in row.get(tests, {}).items():
+                    key = Line(_what(row, where), row["labels"], minutes), column
+                    found[key][row.get("recipe") or 0].append(100 * told["dice"])
+    now = {**RECIPE, AVERAGE: RECIPE["matchseg"]}
+    earlier = {key for key, by_recipe in found.items() if max(by_recipe) < now.get(key[1], 0)}
+    return {key: by_recipe[max(by_recipe)] for key, by_recipe in found.items()}, earlier
 
 
 def _what(row: dict[str, Any], where: str) -> str:
@@ -445,29 +460,15 @@ def _refused(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return told
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the table."""
-
-    what: str
-    labels: str
-    minutes: float
-
-    def order(self) -> tuple[bool, str, int, float]:
-        """Own test cases first; by set, labels and time."""
-        number = 10**6 if self.labels == "all" else int(self.labels)
-        return ">" in self.what, self.what, number, self.minutes
-
-
-def _cell(values: Sequence[float]) -> str:
+def _cell(values: Sequence[float], *, earlier: bool) -> str:
     if not values:
         return ""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread} ({len(values)})"
+    return f"{np.mean(values):.1f}{spread} ({len(values)}){' †' * earlier}"
 
 
 def _lead(figures: dict[tuple[Line, str], list[float]], one: Line) -> str:
-    own = figures.get((one, "matchseg")) or figures.get((one, f"matchseg, {CAREFUL}"))
+    own = figures.get((one, "matchseg"))
     nets = [
         float(np.mean(values))
         for (where, method), values in figures.items()
