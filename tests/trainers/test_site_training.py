@@ -336,25 +336,27 @@ def test_of_the_networks_between_two_the_best_is_kept(
     save_weights(net, spoiled)
     validator = Validator(cases[:4], cases[4:], RefSegSettings(device="cpu"), room=tmp_path)
 
-    alone = blend(None, spoiled, spoiled, validator, device="cpu")
+    alone = blend(None, spoiled, spoiled, validator, learned=8, device="cpu")
     assert (alone.trained, alone.trained_share) == (spoiled, 1.0)
-    too_far = blend(BUNDLED, spoiled, spoiled, validator, device="cpu")
+    too_far = blend(BUNDLED, spoiled, spoiled, validator, learned=8, device="cpu")
     assert (too_far.trained, too_far.trained_share) == (spoiled, 0.25)
     assert too_far.measured.beats(alone.measured)
     kept, old = load_weights(too_far.weights).state_dict(), load_weights(BUNDLED).state_dict()
     for name, value in load_weights(spoiled).state_dict().items():
         assert torch.allclose(kept[name], 0.75 * old[name] + 0.25 * value, rtol=2e-3, atol=1e-4)
-    level = blend(BUNDLED, good, good, validator, device="cpu")
-    assert (level.trained, level.trained_share) == (good, 0.75)
-    earlier = blend(BUNDLED, spoiled, good, validator, device="cpu")
+    level = blend(BUNDLED, good, good, validator, learned=8, device="cpu")
+    assert (level.trained, level.trained_share) == (good, pytest.approx(0.75))
+    many = blend(BUNDLED, good, good, validator, learned=64, device="cpu")
+    assert many.trained_share == pytest.approx(0.96)
+    earlier = blend(BUNDLED, spoiled, good, validator, learned=8, device="cpu")
     assert earlier.trained == good
-    without = blend(None, spoiled, good, validator, device="cpu")
+    without = blend(None, spoiled, good, validator, learned=8, device="cpu")
     assert (without.trained, without.trained_share) == (good, 1.0)
     trained = tmp_path / "no room" / "trained.safetensors"
     (trained.parent / "blended.safetensors" / "in the way").mkdir(parents=True)
     save_weights(net, trained)
     with pytest.raises(TrainingError, match=r"cannot write to .* Make room"):
-        blend(None, trained, trained, validator, device="cpu")
+        blend(None, trained, trained, validator, learned=8, device="cpu")
 
 
 def test_what_a_training_comes_to_is_the_blend_and_was_measured(

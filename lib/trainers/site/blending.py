@@ -17,8 +17,8 @@ from lib.trainers.site.validation import Validation, Validator
 logger = logging.getLogger(__name__)
 
 BLENDED = "blended.safetensors"
-USUAL = 0.75  # of what was trained to the end
-SHARES = (0.25, 0.5, USUAL, 1.0)  # of what was best in between, if that is clearly better
+BACK = 8 / 3  # images that the weights at the start are worth: with eight, a quarter of the way
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was best in between, if that is clearly better
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,17 @@ class Blend:
     measured: Validation
 
 
+def usual_share(learned: int) -> float:
+    """Of the weights that so many images have led to: the more, the less of the way back."""
+    return learned / (learned + BACK)
+
+
 def blend(
-    start: Path | None, last: Path, best: Path, validator: Validator, *, device: str
+    start: Path | None, last: Path, best: Path, validator: Validator, *, learned: int, device: str
 ) -> Blend:
     """Measure networks between both, and write the one to keep beside the trained ones.
 
-    Few cases say little, and less of which epoch was best: so it is three quarters of the last
+    Few cases say little, and less of which epoch was best: so it is the usual share of the last
     weights, unless a share of those of the best epoch is clearly better.
 
     Args:
@@ -52,12 +57,13 @@ def blend(
         last: weights that it came to.
         best: those of the epoch that was measured to be best.
         validator: of the cases kept to measure on.
+        learned: number of cases that it learned from.
         device: to measure on.
 
     Raises:
         TrainingError: the disk is full.
     """
-    usual, shares = (USUAL, SHARES) if start is not None else (1.0, (1.0,))
+    usual, shares = (usual_share(learned), SHARES) if start is not None else (1.0, (1.0,))
     again = last.read_bytes() == best.read_bytes()
     tried = [(last, usual), *((best, one) for one in shares if not (again and one == usual))]
     first, *others = (_measured(start, *one, validator, device) for one in tried)

@@ -152,7 +152,14 @@ def fit(
     )
     run_on(devices_for(device, several=options.several_gpus), train_site, job)
     validator = Validator(training, validation, settings, room=room)
-    kept = blend(job.start, room / LAST, room / BEST, validator, device=str(device))
+    kept = blend(
+        job.start,
+        room / LAST,
+        room / BEST,
+        validator,
+        learned=len(training),
+        device=str(device),
+    )
     end = read_reached(room)
     return Fitted(kept.weights, kept.trained, kept.trained_share, job, kept.measured, end)
 
