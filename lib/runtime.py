@@ -269,8 +269,8 @@ class Runtime:
         return self.engine.references_of(labelled, on_progress=progress)
 
 
-def segmenter_of(settings: RefSegSettings) -> ReferenceSegmenter:
-    """Load the segmenter that the settings choose.
+def segmenter_of(settings: RefSegSettings, *, learns_looks: bool = True) -> ReferenceSegmenter:
+    """Load the segmenter that the settings choose; `learns_looks`: see `MatchSegSegmenter`.
 
     Raises:
         WeightsError: its weights are not there; the message says what to do.
@@ -284,6 +284,7 @@ def segmenter_of(settings: RefSegSettings) -> ReferenceSegmenter:
         sam2_variant=settings.sam2_variant,
         sam2_version=settings.sam2_version,
         sam2_size=int(settings.sam2_size),
+        learns_looks=learns_looks,
     )
 
 

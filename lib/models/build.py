@@ -85,8 +85,14 @@ def build_segmenter(
     sam2_variant: str = "tiny",
     sam2_version: str = "2.1",
     sam2_size: int = 1024,
+    learns_looks: bool = True,
 ) -> ReferenceSegmenter:
     """Load the segmenter that `plan_segmenter` names.
+
+    Args:
+        choice, weights, device, sam2_variant, sam2_version: as of `plan_segmenter`.
+        sam2_size: working size of SAM 2.
+        learns_looks: of the bundled network, see `MatchSegSegmenter`.
 
     Raises:
         WeightsError: its weights are not here or damaged; the message carries the command.
@@ -104,7 +110,7 @@ def build_segmenter(
     if plan.weights is None:
         from lib.models.matchseg import MatchSegSegmenter
 
-        return MatchSegSegmenter.load_bundled(device=where)
+        return MatchSegSegmenter.load_bundled(device=where, learns_looks=learns_looks)
     from lib.models.sam2 import Sam2Segmenter
 
     checkpoint = plan.path or require(plan.weights, weights)

@@ -168,14 +168,16 @@ class MatchSegSegmenter:
         return cls(net, digest=digest, device=device, learns_looks=learns_looks)
 
     @classmethod
-    def load_bundled(cls, *, device: str | None = None) -> "MatchSegSegmenter":
+    def load_bundled(
+        cls, *, device: str | None = None, learns_looks: bool = True
+    ) -> "MatchSegSegmenter":
         """Load the weights that are part of the repository, checked against their SHA-256."""
         expected = BUNDLED.with_suffix(".sha256")
         if not expected.is_file():
             msg = f"{expected.name} is missing; restore it with git checkout lib/models/bundled."
             raise WeightsError(msg)
         sha256 = expected.read_text(encoding="utf-8").split()[0]
-        return cls.load(BUNDLED, sha256=sha256, device=device, learns_looks=True)
+        return cls.load(BUNDLED, sha256=sha256, device=device, learns_looks=learns_looks)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[FloatArray]) -> list[Features]:

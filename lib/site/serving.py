@@ -196,7 +196,7 @@ class SiteModel:
         own = self.store.load(card, device=str(choose_device(self._settings.device)))
         if not self._settings.site_average:
             return own
-        return AveragedSegmenter(own, segmenter_of(self._settings))
+        return AveragedSegmenter(own, segmenter_of(self._settings, learns_looks=False))
 
     def _prepare(self, wanted: ModelCard) -> _Preparation:
         """Start it, or join the one under way; the lock is held."""
