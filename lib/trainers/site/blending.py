@@ -17,7 +17,7 @@ from lib.trainers.site.validation import Validation, Validator
 logger = logging.getLogger(__name__)
 
 BLENDED = "blended.safetensors"
-BACK = 8 / 3  # images that the weights at the start are worth: with eight, a quarter of the way
+USUAL, BACK = 0.75, 8  # of the last weights at least; all but so many images' part of the way
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of what was best in between, if that is clearly better
 
 
@@ -39,8 +39,8 @@ class Blend:
 
 
 def usual_share(learned: int) -> float:
-    """Of the weights that so many images have led to: the more, the less of the way back."""
-    return learned / (learned + BACK)
+    """Of the weights that so many images have led to: of very many, less of the way back."""
+    return max(USUAL, 1 - BACK / learned)
 
 
 def blend(
