@@ -24,7 +24,7 @@ from benchmarks.reference_segmentation import draw_slices, read_set
 from lib.memory.bank import MemoryBank
 from lib.models.matchseg import BundledEmbedder, MatchSegSegmenter
 from lib.segmenter import ReferenceEngine
-from lib.types import LabelledImage, Memory, Reference
+from lib.types import LabelledImage, Reference
 
 SLICES = 50
 HEAD = "| set | labels | from nothing, s | after one image more, s | KiB a slice for it |"
@@ -45,7 +45,6 @@ def main(
     for name in sets.split(","):
         segmenter = MatchSegSegmenter.load_bundled(device="cpu")
         engine = ReferenceEngine(segmenter, BundledEmbedder(segmenter), annotation="complete")
-        plain = MatchSegSegmenter(segmenter._net, digest=segmenter.digest, device="cpu")
         chosen = read_set(data, name)
         keys = sorted(draw_slices(chosen.bank, SLICES, seed=seed, empty=False))
         held = set(keys)
@@ -60,9 +59,8 @@ def main(
             nothing = seconds(engine, bank)
             bank.sync(used)
             more = seconds(engine, bank)
-            picture = engine.references_of(used[0])
-            memory = next(iter(picture)).memory
-        kept = size(memory) - plain_size(plain, used[0])
+        plain = MatchSegSegmenter.load_bundled(device="cpu", learns_looks=False)
+        kept = size(segmenter, used[0]) - size(plain, used[0])
         print(f"| {name} | {len(chosen.names)} | {nothing:.1f} | {more:.1f} | {kept / 1024:.0f} |")
 
 
@@ -74,15 +72,11 @@ def seconds(engine: ReferenceEngine, bank: MemoryBank) -> float:
     return time.process_time() - start
 
 
-def size(memory: Memory) -> int:
+def size(segmenter: MatchSegSegmenter, labelled: LabelledImage) -> int:
     """Bytes of one reference."""
-    return memory.image.nbytes + memory.labels.nbytes
-
-
-def plain_size(segmenter: MatchSegSegmenter, labelled: LabelledImage) -> int:
-    """Bytes of a reference of a network that learns no looks."""
     engine = ReferenceEngine(segmenter, BundledEmbedder(segmenter), annotation="complete")
-    return size(next(iter(engine.references_of(labelled))).memory)
+    memory = next(iter(engine.references_of(labelled))).memory
+    return memory.image.nbytes + memory.labels.nbytes
 
 
 if __name__ == "__main__":

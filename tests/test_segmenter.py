@@ -396,6 +396,11 @@ def test_the_pool_sees_an_image_by_inner_slices(studio: Studio) -> None:
     np.testing.assert_allclose(rows[:, 0], wanted, atol=1e-5)
 
 
+def label_three(studio: Studio) -> None:
+    for n, name in enumerate("abc"):
+        studio.label(name, annotate(2), n)
+
+
 class Surveyor(Averager):
     """Counts how often it was asked for a study, and notes by which study it segments."""
 
@@ -423,8 +428,7 @@ def test_the_study_is_learned_once_for_each_state_of_the_labels(tmp_path: Path) 
     studio = Studio(tmp_path, Surveyor())
     surveyor = studio.averager
     assert isinstance(surveyor, Surveyor)
-    for n, name in enumerate("abc"):
-        studio.label(name, annotate(2), n)
+    label_three(studio)
     query = studio.image("query", 9)
     first = studio.segment(query)
     assert studio.segment(query).study == first.study
@@ -470,8 +474,7 @@ def test_who_wants_a_mask_does_not_wait_for_how_labels_look(tmp_path: Path) -> N
     studio = Studio(tmp_path, Ponderer())
     ponderer = studio.averager
     assert isinstance(ponderer, Ponderer)
-    for n, name in enumerate("abc"):
-        studio.label(name, annotate(2), n)
+    label_three(studio)
     query = read_image(studio.image("query", 9))
 
     def told(*, wait: bool = False) -> tuple[float, float]:
@@ -520,8 +523,7 @@ def test_looks_are_learned_between_requests(tmp_path: Path) -> None:
         assert free.wait(20)
 
     studio.engine = ReferenceEngine(ponderer, Thumbnail(), batch=4, make_way=make_way)
-    for n, name in enumerate("abc"):
-        studio.label(name, annotate(2), n)
+    label_three(studio)
     studio.bank.sync(studio.labelled)
     studio.engine.study(studio.bank, wait=False)
     assert asked.wait(20)
@@ -535,8 +537,7 @@ def test_what_is_labelled_while_looks_are_learned_is_learned_next(tmp_path: Path
     studio = Studio(tmp_path, Ponderer())
     ponderer = studio.averager
     assert isinstance(ponderer, Ponderer)
-    for n, name in enumerate("abc"):
-        studio.label(name, annotate(2), n)
+    label_three(studio)
     studio.bank.sync(studio.labelled)
     studio.engine.study(studio.bank, wait=False)
     assert ponderer.begun.wait(20)

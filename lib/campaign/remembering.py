@@ -86,10 +86,7 @@ class RememberingSegmenter:
         return self._segmenter.study_of(examples)
 
     def looks_of(
-        self,
-        examples: Iterable[Example],
-        study: Study,
-        make_way: Callable[[], None] = lambda: None,
+        self, examples: Iterable[Example], study: Study, make_way: Callable[[], None]
     ) -> Study:
         """See `ReferenceSegmenter.looks_of`."""
         return self._segmenter.looks_of(examples, study, make_way)

@@ -43,10 +43,7 @@ class ReferenceSegmenter(Protocol):
         ...
 
     def looks_of(
-        self,
-        examples: Iterable[Example],
-        study: Study,
-        make_way: Callable[[], None] = lambda: None,
+        self, examples: Iterable[Example], study: Study, make_way: Callable[[], None]
     ) -> Study:
         """That study with what labelled slices say of how labels look; seconds, from memories.
 

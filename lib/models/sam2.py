@@ -200,7 +200,7 @@ class Sam2Segmenter:
         self,
         examples: Iterable[Example],  # noqa: ARG002
         study: Study,
-        make_way: Callable[[], None] = lambda: None,  # noqa: ARG002
+        make_way: Callable[[], None],  # noqa: ARG002
     ) -> Study:
         """See `ReferenceSegmenter.looks_of`: SAM 2 learns none."""
         return study

@@ -80,7 +80,7 @@ class AveragedSegmenter:
         self,
         examples: Iterable[Example],  # noqa: ARG002
         study: Study,
-        make_way: Callable[[], None] = lambda: None,  # noqa: ARG002
+        make_way: Callable[[], None],  # noqa: ARG002
     ) -> Study:
         """See `ReferenceSegmenter.looks_of`: none, since the two see in features of their own."""
         return study

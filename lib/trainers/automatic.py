@@ -14,7 +14,7 @@ from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import processes
 
 from lib.durable import write_json
-from lib.machine import free_bytes, identity, is_alive
+from lib.machine import free_bytes, identity, is_alive, start_thread
 from lib.site.store import ModelStore
 from lib.trainers.site.progress import read_outcome, read_progress
 from lib.trainers.site.split import FEWEST_CASES
@@ -26,6 +26,7 @@ TRAINER = "matchseg"
 STARTED, STARTING = "started.json", "starting.lock"
 UNDER_WAY = ("SUBMITTED", "RUNNING")
 NEEDED = 5 * 2**29  # bytes of memory: a training takes 1.5 GiB, and the server some for requests
+THREAD = "refseg-training"
 LOOK_S = 1.0  # between two looks at a training
 ENDING_S = 60.0  # a training that was ended with its server has none any more by then
 
@@ -76,11 +77,8 @@ class AutomaticTraining:
         """Look whether it is time; returns at once. Never raises."""
         if self._after and not self._waiting.is_set():
             self._waiting.set()
-            try:
-                _behind(self._look)
-            except RuntimeError:
+            if start_thread(self._look, THREAD) is None:
                 self._waiting.clear()
-                logger.exception("it cannot be looked whether a training is due")
 
     def _look(self) -> None:
         try:
@@ -109,7 +107,7 @@ class AutomaticTraining:
             return
         if is_training(self._room):
             logger.info("a training is due; it starts when the one that runs has ended")
-            _behind(self._look_after)
+            start_thread(self._look_after, THREAD)
             return
         if free_bytes() < NEEDED:
             logger.warning(
@@ -129,7 +127,7 @@ class AutomaticTraining:
             return
         logger.info("%d images are labelled: a training starts by itself", labelled)
         _stop_at_exit()
-        _behind(lambda: self._watch(task, start))
+        start_thread(lambda: self._watch(task, start), THREAD)
 
     def _look_after(self) -> None:
         """Look again when the training that runs is over, unless it failed or was stopped."""
@@ -171,10 +169,6 @@ class AutomaticTraining:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return _Start()
-
-
-def _behind(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="refseg-training", daemon=True).start()
 
 
 @cache  # once for the process, however many trainings there are
